@@ -1,0 +1,209 @@
+"""The inner abstraction: a rule from the Gramian to weights, made a transformation.
+
+A `Weighting` is all that the author of a method writes. `gradient_surgery` makes an
+`optax.GradientTransformationExtraArgs` of it and takes care of pytrees, dtypes,
+masks, randomness and state.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_surgery import trees
+
+
+class WeightingUpdateFn(Protocol):
+    """The rule of a method: from the Gramian of the task gradients to their weights."""
+
+    def __call__(
+        self,
+        gramian: jax.Array,
+        state: Any,
+        /,
+        *,
+        key: jax.Array,
+        losses: jax.Array | None,
+        task_mask: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Returns the weights and the next state.
+
+        Args:
+          gramian: (T, T) inner products, float32 or float64. Rows and columns of
+            masked tasks are zero.
+          state: what `init` returned, or the state of the last step.
+          key: a PRNG key, new in every step.
+          losses: (T,) task losses, 1 for masked tasks; None if the caller gave none.
+          task_mask: (T,) bool, False where a task takes no part in this step.
+
+        Returns:
+          (T,) weights, of which those of masked tasks are ignored, and the state,
+          of the same structure, shapes and dtypes as before.
+        """
+        ...
+
+
+class Weighting(NamedTuple):
+    """A method of gradient surgery, as a pure rule on a (T, T) matrix.
+
+    Attributes:
+      init: () -> state, a pytree of arrays of fixed shapes; `tuple` for none.
+      update: see `WeightingUpdateFn`.
+    """
+
+    init: Callable[[], Any]
+    update: WeightingUpdateFn
+
+
+class SurgeryState(NamedTuple):
+    """State of a surgery.
+
+    Attributes:
+      surgery_step: () int32, the number of updates so far, from which the key of the
+        next one follows.
+      weighting_state: the state of the `Weighting`.
+    """
+
+    surgery_step: jax.Array
+    weighting_state: Any
+
+
+def gradient_surgery(
+    weighting: Weighting, *, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a weighting an optax transformation of stacked task gradients.
+
+    The update is the sum of the task gradients with the weights that the rule finds in
+    their Gramian. Its `update` takes
+
+    - `task_updates`: pytree whose leaves have shape (T, *param.shape). T may change from
+      call to call unless the weighting keeps one number per task.
+    - `params`: optional, the parameters. With them, unstacked gradients are told for certain.
+    - `losses`: (T,) task losses, for the methods that use them.
+    - `task_mask`: (T,) bool, False where a task takes no part in this step. Its gradient
+      and its loss may hold anything, NaN too. If all are False, the update is zero and
+      the state stays as it was.
+    - `gramian`: (T, T) inner products to use instead of those of `task_updates`. With
+      `task_updates=jnp.eye(T)` the update is then the weights themselves.
+
+    and ignores other extra arguments.
+
+    Where gradients are so large or small that their squares do not fit the dtype (norms
+    of 1e30 or 1e-30 in float32), the rule sees the Gramian of the gradients times a power
+    of two. Rules that do not depend on the common scale of the gradients, which are most,
+    do not notice.
+
+    Args:
+      weighting: the rule.
+      key: seed or PRNG key of a random rule. Step t uses `jax.random.fold_in(key, t)`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose updates have the parameters' shapes
+      and the dtypes of the gradients.
+
+    Raises:
+      ValueError: at trace time, if gradients, losses, mask or Gramian do not fit together.
+
+    Examples:
+      Weights that are inverse to the norms of the gradients:
+
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> def normalised(gramian, state, *, key, losses, task_mask):
+      ...     return 1 / jnp.maximum(surgery.task_norms(gramian), 1e-12), state
+      >>> tx = surgery.gradient_surgery(surgery.Weighting(init=tuple, update=normalised))
+      >>> task_grads = jnp.array([[3.0, 4.0], [0.0, 100.0]])
+      >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
+      >>> updates
+      Array([0.6, 1.8], dtype=float32)
+    """
+
+    def init_fn(params: optax.Params) -> SurgeryState:
+        del params
+        return SurgeryState(jnp.zeros((), jnp.int32), weighting.init())
+
+    def update_fn(
+        task_updates: optax.Updates,
+        state: SurgeryState,
+        params: optax.Params | None = None,
+        *,
+        losses: jax.Array | None = None,
+        task_mask: jax.Array | None = None,
+        gramian: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SurgeryState]:
+        del extra_args
+        num_tasks = trees.check_task_updates(task_updates, params)
+        if not num_tasks:  # a group of `optax.partition` that holds no leaf
+            return task_updates, state
+
+        task_updates, gramian = masked_gramian(task_updates, task_mask, gramian)
+        if losses is not None:
+            losses = trees.check_shape("losses", losses, (num_tasks,)).astype(gramian.dtype)
+        if task_mask is None:
+            active = jnp.ones(num_tasks, bool)
+        else:
+            active = jnp.asarray(task_mask)
+            losses = None if losses is None else jnp.where(active, losses, 1.0)
+
+        weights, weighting_state = weighting.update(
+            gramian,
+            state.weighting_state,
+            key=jax.random.fold_in(_prng_key(key), state.surgery_step),
+            losses=losses,
+            task_mask=active,
+        )
+        next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
+        new_state = SurgeryState(next_step, weighting_state)
+        if task_mask is not None:
+            weights = jnp.where(active, weights, 0.0)
+            new_state = jax.tree.map(
+                lambda new, old: jnp.where(jnp.any(active), new, old), new_state, state
+            )
+        return trees.combine(weights, task_updates), new_state
+
+    # optax calls the first argument `updates`; ours are per task, and say so.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+
+
+def masked_gramian(
+    task_updates: optax.Updates,
+    task_mask: jax.Array | None,
+    gramian: jax.Array | None,
+) -> tuple[optax.Updates, jax.Array]:
+    """The gradients and the Gramian that a rule may see: zero where a task is masked."""
+    num_tasks = trees.check_task_updates(task_updates)
+    if task_mask is not None:
+        task_mask = trees.check_shape("task_mask", task_mask, (num_tasks,))
+        if task_mask.dtype != bool:
+            raise ValueError(
+                f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
+                "Pass True for the tasks that take part in this step."
+            )
+        task_updates = trees.mask_tasks(task_mask, task_updates)
+    if gramian is None:
+        return task_updates, trees.gramian_in_range(task_updates)
+    gramian = trees.check_shape("gramian", gramian, (num_tasks, num_tasks))
+    gramian = gramian.astype(trees.gramian_dtype(gramian))
+    if task_mask is not None:
+        pairs = task_mask[:, None] & task_mask[None, :]
+        gramian = jnp.where(pairs, gramian, 0.0)
+    return task_updates, gramian
+
+
+def task_preference(preference: jax.Array | None, task_mask: jax.Array) -> jax.Array:
+    """The preference of the tasks that take part: 1/T each unless the user chose one."""
+    if preference is None:
+        return task_mask / jnp.maximum(jnp.sum(task_mask), 1)
+    preference = trees.check_shape("preference", preference, task_mask.shape)
+    return jnp.where(task_mask, preference, 0.0)
+
+
+def _prng_key(key: jax.Array | int) -> jax.Array:
+    if isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,)
+    ):
+        return key
+    return jax.random.key(key)

@@ -1,0 +1,1 @@
+"""One file a method. Import the methods from `optax_surgery`."""

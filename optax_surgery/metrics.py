@@ -1,0 +1,157 @@
+"""What a Gramian says about a set of task gradients.
+
+All are pure functions of a (T, T) Gramian, as `gramian` and the state of `monitor`
+hold it; `jax.vmap` them over a history. A task whose gradient is zero, as that of a
+masked task is, takes no part.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def task_norms(gramian: jax.Array) -> jax.Array:
+    """The norms of the task gradients.
+
+    Args:
+      gramian: (T, T) inner products.
+
+    Returns:
+      (T,) norms.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> surgery.task_norms(jnp.array([[4.0, -1.0], [-1.0, 9.0]]))
+      Array([2., 3.], dtype=float32)
+    """
+    return jnp.sqrt(jnp.diagonal(gramian))
+
+
+def cosine_similarities(gramian: jax.Array) -> jax.Array:
+    """The cosines of the angles between the task gradients.
+
+    Args:
+      gramian: (T, T) inner products.
+
+    Returns:
+      (T, T) cosines in [-1, 1]; 0 with a gradient that is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> surgery.cosine_similarities(jnp.array([[4.0, -3.0], [-3.0, 9.0]]))
+      Array([[ 1. , -0.5],
+             [-0.5,  1. ]], dtype=float32)
+    """
+    norms = task_norms(gramian)
+    norms = jnp.where(norms > 0, norms, 1)
+    return jnp.clip(gramian / norms[:, None] / norms[None, :], -1, 1)
+
+
+def conflict_fraction(gramian: jax.Array) -> jax.Array:
+    """The share of pairs of tasks whose gradients conflict: a negative inner product.
+
+    For random, nearly orthogonal gradients it is close to a half: read it together with
+    the size of the cosines.
+
+    Args:
+      gramian: (T, T) inner products.
+
+    Returns:
+      () in [0, 1], over the pairs of gradients that are not zero; 0 if there is none.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> gramian = jnp.array([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.2], [0.1, 0.2, 1.0]])
+      >>> print(f"{surgery.conflict_fraction(gramian):.3f}")
+      0.333
+    """
+    present = jnp.diagonal(gramian) > 0
+    pairs = jnp.triu(present[:, None] & present[None, :], k=1)
+    return jnp.sum(pairs & (gramian < 0)) / jnp.maximum(jnp.sum(pairs), 1)
+
+
+def magnitude_similarities(gramian: jax.Array) -> jax.Array:
+    r"""How alike in length the task gradients are, pair by pair.
+
+    .. math:: \Phi(g_i, g_j) = \frac{2 \|g_i\| \|g_j\|}{\|g_i\|^2 + \|g_j\|^2}
+
+    Args:
+      gramian: (T, T) inner products.
+
+    Returns:
+      (T, T) in [0, 1]: 1 for equal norms, 0 with a gradient that is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> similarities = surgery.magnitude_similarities(jnp.array([[1.0, 0.0], [0.0, 9.0]]))
+      >>> print(f"{similarities[0, 1]:.1f}")
+      0.6
+
+    References:
+      Yu et al., `Gradient Surgery for Multi-Task Learning
+      <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, Definition 2.
+    """
+    norms = task_norms(gramian)
+    larger = jnp.maximum(norms[:, None], norms[None, :])
+    ratio = jnp.minimum(norms[:, None], norms[None, :]) / jnp.where(larger > 0, larger, 1)
+    return 2 * ratio / (1 + ratio**2)
+
+
+def condition_number(gramian: jax.Array) -> jax.Array:
+    """The condition number of the gradient matrix: its largest singular value over its least.
+
+    It is 1 for orthogonal gradients of equal norm; the paper finds good optima where it
+    stays below 10.
+
+    Args:
+      gramian: (T, T) inner products.
+
+    Returns:
+      () at least 1, over the gradients that are not zero; infinite where they are linearly
+      dependent to the precision of the Gramian, which is about 2,000 in float32; 1 if there is
+      no gradient.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> print(surgery.condition_number(jnp.array([[1.0, 0.0], [0.0, 9.0]])))
+      3.0
+
+    References:
+      Senushkin et al., `Independent Component Alignment for Multi-Task Learning
+      <https://arxiv.org/abs/2305.19000>`_, CVPR 2023, Section 3.
+    """
+    present = jnp.sum(jnp.diagonal(gramian) > 0)
+    peak = jnp.max(jnp.diagonal(gramian))
+    # Zero gradients give zero eigenvalues, which come first.
+    eigenvalues = jnp.linalg.eigvalsh(gramian / jnp.where(peak > 0, peak, 1))
+    least = eigenvalues[jnp.minimum(eigenvalues.size - present, eigenvalues.size - 1)]
+    largest = eigenvalues[-1]
+    deficient = least <= largest * present * jnp.finfo(gramian.dtype).eps
+    ratio = jnp.sqrt(largest / jnp.where(deficient, 1, least))
+    return jnp.where(present > 0, jnp.where(deficient, jnp.inf, ratio), 1)
+
+
+def update_alignment(gramian: jax.Array, weights: jax.Array) -> jax.Array:
+    """The inner product of the update with each task gradient.
+
+    Where it is negative, a small step along the update makes that task's loss larger.
+
+    Args:
+      gramian: (T, T) inner products.
+      weights: (T,) weights of the tasks in the update.
+
+    Returns:
+      (T,) inner products, in the unit of a squared gradient.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> gramian = jnp.array([[1.0, -2.0], [-2.0, 9.0]])
+      >>> surgery.update_alignment(gramian, jnp.array([1.0, 1.0]))
+      Array([-1.,  7.], dtype=float32)
+    """
+    return jnp.matmul(gramian, weights, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,237 @@
+"""Task gradients as pytrees: the checks, the Gramian and the combination.
+
+This is the only file of the library that knows about leaves, dtypes and
+precision. Everything else sees a (T, T) matrix and T weights.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+_STACK = (
+    "Stack the gradients of the T tasks on a leading axis, as "
+    "`jax.jacrev(losses_fn)(params)` returns them."
+)
+
+
+def check_task_updates(task_updates: optax.Updates, params: optax.Params | None = None) -> int:
+    """Checks that every leaf stacks the same number of real gradients.
+
+    Args:
+      task_updates: pytree whose leaves have shape (T, *param.shape).
+      params: the parameters, or None where they are not known. With them the
+        structure and the trailing shapes are checked too, which is the only way
+        to tell an unstacked gradient whose leaves happen to share their first
+        dimension.
+
+    Returns:
+      The number of tasks T, 0 for a tree without leaves.
+
+    Raises:
+      ValueError: names the first leaf that is wrong, and what to do.
+    """
+    leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree.leaves_with_path(task_updates)]
+    if params is not None:
+        _check_structure(task_updates, params)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    else:
+        shapes = [jnp.shape(leaf)[1:] for _, leaf in leaves]
+
+    num_tasks, first_path = 0, ""
+    for (path, leaf), param_shape in zip(leaves, shapes, strict=True):
+        _check_dtype(path, leaf)
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] == 0 or shape[1:] != param_shape:
+            expected = ", ".join(["T", *map(str, param_shape)])
+            raise ValueError(
+                f"Expected task gradients of shape ({expected}) with T >= 1, "
+                f"got shape {shape} at '{path}'. {_STACK}"
+            )
+        if not num_tasks:
+            num_tasks, first_path = shape[0], path
+        if shape[0] != num_tasks:
+            raise ValueError(
+                f"Expected a leading axis of {num_tasks} tasks as at '{first_path}', "
+                f"got shape {shape} at '{path}'. {_STACK}"
+            )
+    return num_tasks
+
+
+def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns `array` as a JAX array, or raises a ValueError if its shape is not `shape`."""
+    array = jnp.asarray(array)
+    if array.shape != shape:
+        raise ValueError(
+            f"Expected {name} of shape {shape}, got shape {array.shape} at '{name}'. "
+            "Pass one entry per task, in the order of the stacked gradients."
+        )
+    return array
+
+
+def leaf_path(path: jax.tree_util.KeyPath) -> str:
+    """A key path as it stands in our messages, 'path/of/leaf'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def gramian(task_updates: optax.Updates) -> jax.Array:
+    """The inner products of the task gradients, summed over all leaves.
+
+    Every leaf is contracted where it lies: nothing is flattened or concatenated,
+    so a leaf may be sharded on any axis. Products are accumulated in float32 (in
+    float64 for float64 leaves) at the highest precision, as rounding the factors
+    to TF32 or bfloat16 flips the sign of small inner products.
+
+    Args:
+      task_updates: pytree whose leaves have shape (T, *param.shape).
+
+    Returns:
+      G of shape (T, T), G[i, j] = g_i . g_j, float32 or float64.
+
+    Raises:
+      ValueError: a leaf is not stacked, not real, or disagrees on T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> surgery.gramian({"w": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": jnp.array([1.0, -1.0])})
+      Array([[10., -1.],
+             [-1.,  2.]], dtype=float32)
+    """
+    check_task_updates(task_updates)
+    return _scaled_gramian(task_updates, 1.0)
+
+
+def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
+    """The Gramian, with its scale changed where squares would not fit the dtype.
+
+    The square of a gradient of norm 1e30 or 1e-30 is not a float32. The Gramian of
+    such gradients is gathered once more, from the gradients times a power of two.
+    The ratios that weights are made of are then right; where the Gramian was in
+    range, it is returned as it is and the stack is read only once.
+    """
+    plain = gramian(task_updates)
+    info = jnp.finfo(plain.dtype)
+    num_coordinates = sum(math.prod(jnp.shape(leaf)[1:]) for leaf in jax.tree.leaves(task_updates))
+    # The least square that still counts stays 14 binary digits above the subnormal
+    # numbers, which hardware flushes to zero; the largest leaves 20 for T-sized sums.
+    least = max(num_coordinates, 1) * 2.0 ** (info.minexp + 14)
+    largest = 2.0 ** (info.maxexp - 20)
+    shift = 2.0 ** (info.maxexp * 5 // 8)
+    peak = jnp.max(jnp.diagonal(plain))
+    scale = jnp.where(peak < least, shift, 1.0 / shift).astype(plain.dtype)
+    return lax.cond(
+        (peak >= least) & (peak <= largest),
+        lambda: plain,
+        lambda: _scaled_gramian(task_updates, scale),
+    )
+
+
+def gramian_dtype(tree: Any) -> jnp.dtype:
+    """float64 if a leaf is float64, else float32."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
+def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
+    """The weighted sum of the task gradients, leaf by leaf.
+
+    Args:
+      weights: shape (T,).
+      task_updates: pytree whose leaves have shape (T, *param.shape).
+
+    Returns:
+      Pytree whose leaves have shape param.shape and the dtype of the gradients,
+      sum_i weights[i] * task_updates[i]. Sums are in float32 at least.
+
+    Raises:
+      ValueError: a leaf is not stacked, not real, or disagrees on T; or `weights`
+        does not have one entry per task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> surgery.combine(jnp.array([1.0, 2.0]), {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]])})
+      {'w': Array([3., 2.], dtype=float32)}
+    """
+    num_tasks = check_task_updates(task_updates)
+    weights = check_shape("weights", weights, (num_tasks,))
+
+    def combine_leaf(leaf):
+        leaf = jnp.asarray(leaf)
+        rows = leaf.astype(gramian_dtype(leaf))
+        total = lax.dot_general(
+            weights.astype(rows.dtype),
+            rows,
+            (((0,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+        return total.astype(leaf.dtype)
+
+    return jax.tree.map(combine_leaf, task_updates)
+
+
+def mask_tasks(task_mask: jax.Array, task_updates: optax.Updates) -> optax.Updates:
+    """Puts zeros in the place of masked gradients, whatever stood there."""
+
+    def mask_leaf(leaf):
+        row_mask = lax.broadcast_in_dim(task_mask, jnp.shape(leaf), (0,))
+        return jnp.where(row_mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(mask_leaf, task_updates)
+
+
+def _scaled_gramian(task_updates: optax.Updates, scale: jax.Array | float) -> jax.Array:
+    dtype = gramian_dtype(task_updates)
+
+    def leaf_gramian(leaf):
+        rows = jnp.asarray(leaf).astype(dtype) * scale
+        axes = tuple(range(1, rows.ndim))
+        return lax.dot_general(
+            rows, rows, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        )
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates))
+
+
+def _check_structure(task_updates: optax.Updates, params: optax.Params) -> None:
+    structure = jax.tree.structure(params)
+    if jax.tree.structure(task_updates) == structure:
+        return
+    if isinstance(task_updates, list | tuple) and all(
+        jax.tree.structure(tree) == structure for tree in task_updates
+    ):
+        raise ValueError(
+            f"Expected one tree of stacked gradients, got a {type(task_updates).__name__} of "
+            f"{len(task_updates)} trees at ''. Stack them: "
+            "`jax.tree.map(lambda *grads: jnp.stack(grads), *task_grads)`."
+        )
+    ours = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(task_updates)]
+    theirs = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(params)]
+    odd = next((path for path in theirs if path not in ours), None)
+    if odd is not None:
+        expected, got = "a gradient for every parameter", "none"
+    else:
+        odd = next((path for path in ours if path not in theirs), "")
+        expected, got = "the tree structure of the parameters", "another one"
+    raise ValueError(
+        f"Expected {expected}, got {got} at '{odd}'. Differentiate with respect to the same "
+        "parameters that you pass as `params`."
+    )
+
+
+def _check_dtype(path: str, leaf: Any) -> None:
+    dtype = jax.dtypes.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        remedy = (
+            "Wrap the whole chain, surgery first, in `optax.contrib.split_real_and_imaginary`, "
+            "which hands on real gradients."
+        )
+    elif not jnp.issubdtype(dtype, jnp.floating):
+        remedy = "Differentiate floating-point parameters only, and leave the others out."
+    else:
+        return
+    raise ValueError(f"Expected real floating-point gradients, got {dtype} at '{path}'. {remedy}")
