@@ -138,15 +138,15 @@ def gradient_surgery(
         num_tasks = trees.check_task_updates(task_updates, params)
         if not num_tasks:  # a group of `optax.partition` that holds no leaf
             return task_updates, state
+        return operate(task_updates, state, losses, task_mask, gramian)
 
+    @jax.jit  # outside of the user's `jit`, loops would be compiled anew in every call
+    def operate(task_updates, state, losses, task_mask, gramian):
         task_updates, gramian = masked_gramian(task_updates, task_mask, gramian)
+        active = jnp.ones(gramian.shape[0], bool) if task_mask is None else task_mask
         if losses is not None:
-            losses = trees.check_shape("losses", losses, (num_tasks,)).astype(gramian.dtype)
-        if task_mask is None:
-            active = jnp.ones(num_tasks, bool)
-        else:
-            active = jnp.asarray(task_mask)
-            losses = None if losses is None else jnp.where(active, losses, 1.0)
+            losses = trees.check_shape("losses", losses, active.shape).astype(gramian.dtype)
+            losses = jnp.where(active, losses, 1)
 
         weights, weighting_state = weighting.update(
             gramian,
@@ -156,13 +156,12 @@ def gradient_surgery(
             task_mask=active,
         )
         next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
-        new_state = SurgeryState(next_step, weighting_state)
-        if task_mask is not None:
-            weights = jnp.where(active, weights, 0.0)
-            new_state = jax.tree.map(
-                lambda new, old: jnp.where(jnp.any(active), new, old), new_state, state
-            )
-        return trees.combine(weights, task_updates), new_state
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(jnp.any(active), new, old).astype(old.dtype),
+            SurgeryState(next_step, weighting_state),
+            state,
+        )
+        return trees.combine(jnp.where(active, weights, 0), task_updates), new_state
 
     # optax calls the first argument `updates`; ours are per task, and say so.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]

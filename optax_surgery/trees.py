@@ -105,6 +105,7 @@ def gramian(task_updates: optax.Updates) -> jax.Array:
     return _scaled_gramian(task_updates, 1.0)
 
 
+@jax.jit
 def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
     """The Gramian, with its scale changed where squares would not fit the dtype.
 

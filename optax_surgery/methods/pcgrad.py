@@ -27,14 +27,14 @@ def pcgrad_weights(gramian: jax.Array, orders: jax.Array) -> jax.Array:
     tasks = jnp.arange(num_tasks)
     squared_norms = jnp.diagonal(gramian)
 
-    def project(k, coefficients):
-        others = orders[:, k]
+    def project(coefficients, others):
         products = jnp.sum(coefficients * gramian[others], axis=1)
         conflicts = products < 0
         steps = jnp.where(conflicts, products / jnp.where(conflicts, squared_norms[others], 1), 0)
-        return coefficients - jnp.where(others[:, None] == tasks[None, :], steps[:, None], 0)
+        projected = others[:, None] == tasks[None, :]
+        return coefficients - jnp.where(projected, steps[:, None], 0), None
 
-    coefficients = lax.fori_loop(0, num_tasks - 1, project, jnp.eye(num_tasks, dtype=gramian.dtype))
+    coefficients, _ = lax.scan(project, jnp.eye(num_tasks, dtype=gramian.dtype), orders.T)
     return jnp.sum(coefficients, axis=0)
 
 

@@ -1,0 +1,164 @@
+"""Dtypes, extreme scales, degenerate gradients and masks, walked over the table of methods."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_surgery as surgery
+from tests.cases import CASES
+
+every_method = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+NUM_TASKS, SIZE = 3, 6
+
+
+def random_jacobian(num_tasks=NUM_TASKS, size=SIZE, seed=0):
+    return np.random.default_rng(seed).normal(size=(num_tasks, size))
+
+
+def losses_of(num_tasks):
+    return jnp.linspace(0.5, 2.0, num_tasks)
+
+
+def update_of(case, jacobian, **kwargs):
+    """The update of one step and the new state."""
+    num_tasks = len(jax.tree.leaves(jacobian)[0])
+    tx = case.make(num_tasks)
+    return tx.update(jacobian, tx.init(None), losses=losses_of(num_tasks), **kwargs)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_the_update_has_the_dtype_of_the_gradients_and_the_precision_of_float32(case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        jacobian = jnp.asarray(random_jacobian(), dtype)
+        update, _ = update_of(case, jacobian)
+        assert update.dtype == dtype
+        # The same gradients in float32: only the rounding of the result may differ.
+        expected, _ = update_of(case, np.asarray(jacobian, np.float32))
+        tolerance = max(4 * jnp.finfo(dtype).eps.item(), 1e-5)
+        scale = np.abs(np.asarray(expected)).max()
+        np.testing.assert_allclose(
+            np.asarray(update, np.float64), expected, rtol=tolerance, atol=tolerance * scale
+        )
+
+
+@every_method
+def test_a_tree_may_mix_dtypes(case):
+    jacobian = random_jacobian().astype("f4")
+    tree = {"half": jnp.asarray(jacobian[:, :2], jnp.bfloat16), "single": jacobian[:, 2:]}
+    update, _ = update_of(case, tree)
+    assert update["half"].dtype == jnp.bfloat16
+    assert update["single"].dtype == jnp.float32
+    whole = np.concatenate([np.asarray(tree["half"], "f4"), tree["single"]], axis=1)
+    expected, _ = update_of(case, whole)
+    np.testing.assert_allclose(update["single"], expected[2:], rtol=1e-4, atol=1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_the_direction_does_not_suffer_from_squares_out_of_range(case, scale):
+    jacobian = random_jacobian().astype("f4")
+    update, _ = update_of(case, jacobian * np.float32(scale))
+    update = np.asarray(update, np.float64)
+    assert np.isfinite(update).all()
+    expected, _ = update_of(case, jacobian)
+    direction = update / np.linalg.norm(update)
+    np.testing.assert_allclose(direction, expected / np.linalg.norm(expected), atol=2e-5)
+
+
+DEGENERATE = {
+    "zero": np.zeros((NUM_TASKS, SIZE)),
+    "one task zero": random_jacobian() * [[1], [0], [1]],
+    "duplicate": np.repeat(random_jacobian(1), NUM_TASKS, axis=0),
+    "opposite": random_jacobian(1) * [[1], [-1], [1]],
+    "rank one": random_jacobian(1) * [[1], [-2], [0.1]],
+    "more tasks than coordinates": random_jacobian(5, 2),
+    "one task": random_jacobian(1),
+    "one task, zero": np.zeros((1, SIZE)),
+    "one coordinate": random_jacobian(NUM_TASKS, 1),
+    "tiny": random_jacobian() * 1e-15,
+    "huge": random_jacobian() * 1e15,
+}
+
+
+@every_method
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_gradients_give_finite_updates(case, kind):
+    with jax.debug_nans(True):
+        update, state = update_of(case, DEGENERATE[kind].astype("f4"))
+    for leaf in jax.tree.leaves((update, state)):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+@every_method
+def test_zero_gradients_give_a_zero_update(case):
+    update, _ = update_of(case, np.zeros((NUM_TASKS, SIZE), "f4"))
+    np.testing.assert_array_equal(update, 0)
+
+
+@every_method
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 0.0])
+def test_masked_tasks_are_as_good_as_left_out(case, poison):
+    # Two tasks remain, for which the update of a random method does not depend on the order.
+    jacobian = random_jacobian(4, seed=3).astype("f4")
+    mask = np.array([True, False, True, False])
+    losses = np.where(mask, losses_of(4), poison).astype("f4")
+    poisoned = np.where(mask[:, None], jacobian, poison).astype("f4")
+
+    tx = case.make(4)
+    masked, masked_state = tx.update(poisoned, tx.init(None), losses=losses, task_mask=mask)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(masked_state))
+    left_out = case.keep(mask) if case.keep else case.make(2)
+    expected, _ = left_out.update(jacobian[mask], left_out.init(None), losses=losses[mask])
+    np.testing.assert_allclose(masked, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_all_tasks_masked_changes_nothing(case):
+    tx = case.make(NUM_TASKS)
+    losses = losses_of(NUM_TASKS)
+    _, state = tx.update(random_jacobian().astype("f4"), tx.init(None), losses=losses)
+    poisoned = np.full((NUM_TASKS, SIZE), np.nan, "f4")
+    with jax.debug_nans(True):
+        update, new_state = tx.update(
+            jnp.zeros_like(poisoned), state, losses=losses, task_mask=np.zeros(NUM_TASKS, bool)
+        )
+    np.testing.assert_array_equal(update, 0)
+    update, new_state = tx.update(
+        poisoned, state, losses=losses * np.nan, task_mask=np.zeros(NUM_TASKS, bool)
+    )
+    np.testing.assert_array_equal(update, 0)
+    jax.tree.map(np.testing.assert_array_equal, new_state, state)
+
+
+@every_method
+def test_a_mask_of_all_tasks_is_no_mask(case):
+    jacobian = random_jacobian().astype("f4")
+    plain, _ = update_of(case, jacobian)
+    masked, _ = update_of(case, jacobian, task_mask=np.ones(NUM_TASKS, bool))
+    np.testing.assert_allclose(masked, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [7, 1_000, 1_000_000])
+def test_the_gramian_is_accurate(size):
+    jacobian = random_jacobian(4, size).astype("f4")
+    exact = jacobian.astype("f8") @ jacobian.astype("f8").T
+    found = np.asarray(surgery.gramian(jacobian), np.float64)
+    np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
+
+
+def test_the_gramian_is_the_sum_over_leaves_of_any_rank():
+    tree = {
+        "scalar": jnp.array([1.0, 2.0]),
+        "matrix": jnp.arange(12.0).reshape(2, 2, 3),
+        "empty": jnp.zeros((2, 0)),
+    }
+    rows = np.concatenate([np.reshape(leaf, (2, -1)) for leaf in tree.values()], axis=1)
+    np.testing.assert_allclose(surgery.gramian(tree), rows @ rows.T)
+
+
+def test_half_precision_products_do_not_overflow():
+    # The square of a float16 gradient of norm 447 is beyond float16.
+    jacobian = jnp.full((2, 4), 400.0, jnp.float16)
+    np.testing.assert_allclose(surgery.gramian(jacobian), np.full((2, 2), 640_000.0))
