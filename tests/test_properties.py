@@ -1,0 +1,105 @@
+"""The structural properties that methods are proved to have, and those they lack.
+
+Definitions are those of Quinton and Rey, Jacobian Descent for Multi-Objective
+Optimization (arXiv 2406.16232). A property that the table denies needs a
+counter-example, so that a wrong False fails as a wrong True does.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.cases import CASES
+
+every_method = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+deterministic = pytest.mark.parametrize(
+    "case", [case for case in CASES.values() if not case.random],
+    ids=[name for name, case in CASES.items() if not case.random],
+)  # fmt: skip
+NUM_TASKS, SIZE, DRAWS = 3, 6, 200
+
+
+def jacobians():
+    """Random Jacobians with norms and angles of many kinds."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(DRAWS, NUM_TASKS, SIZE))
+    common = generator.normal(size=(DRAWS, 1, SIZE)) * np.linspace(-3, 3, DRAWS)[:, None, None]
+    norms = np.exp(generator.normal(size=(DRAWS, NUM_TASKS, 1)))
+    signs = np.where(generator.random((DRAWS, NUM_TASKS, 1)) < 0.5, -1, 1)
+    return ((rows + signs * common) * norms).astype("f4")
+
+
+def updates_of(case, batch):
+    tx = case.make(batch.shape[1])
+    losses = jnp.linspace(0.5, 2.0, batch.shape[1])
+    update = jax.jit(jax.vmap(lambda rows: tx.update(rows, tx.init(None), losses=losses)[0]))
+    return np.asarray(update(batch), np.float64)
+
+
+def holds_as_declared(declared, violations, tolerance):
+    """All violations are small if the property is declared, else one is large."""
+    if declared:
+        return violations.max() < tolerance
+    return violations.max() > 10 * tolerance
+
+
+def relative_to(batch, differences):
+    sizes = np.linalg.norm(batch, axis=-1).max(axis=-1)
+    return np.abs(differences).max(axis=-1) / sizes
+
+
+@deterministic
+def test_equals_the_papers_rule(case):
+    batch = jacobians()
+    expected = np.stack([case.rule(rows) for rows in batch])
+    differences = relative_to(batch, updates_of(case, batch) - expected)
+    assert differences.max() < case.tolerance
+
+
+@every_method
+def test_non_conflicting(case):
+    batch = jacobians()
+    updates = updates_of(case, batch)
+    sizes = np.linalg.norm(batch, axis=-1) * np.linalg.norm(updates, axis=-1)[:, None] + 1e-30
+    cosines = np.einsum("btn,bn->bt", batch, updates) / sizes
+    assert holds_as_declared(case.non_conflicting, -cosines.min(axis=1), 1e-3)
+
+
+@deterministic
+def test_permutation_equivariant(case):
+    batch = jacobians()
+    permuted = updates_of(case, batch[:, [2, 0, 1]])
+    differences = relative_to(batch, permuted - updates_of(case, batch))
+    assert holds_as_declared(case.permutation_equivariant, differences, 1e-4)
+
+
+@every_method
+def test_linear_under_scaling(case):
+    batch = jacobians()
+    generator = np.random.default_rng(1)
+    first, second = generator.uniform(0.1, 2, size=(2, DRAWS, NUM_TASKS, 1)).astype("f4")
+    together = updates_of(case, (0.3 * first + 0.7 * second) * batch)
+    apart = 0.3 * updates_of(case, first * batch) + 0.7 * updates_of(case, second * batch)
+    differences = relative_to(batch, together - apart)
+    assert holds_as_declared(case.linear_under_scaling, differences, 1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("scale", [0.125, 16.0])
+def test_homogeneous_of_its_degree(case, scale):
+    batch = jacobians()
+    scaled = updates_of(case, np.float32(scale) * batch) / scale**case.degree
+    assert relative_to(batch, scaled - updates_of(case, batch)).max() < 1e-4
+
+
+@every_method
+def test_positive_weights(case):
+    grams = np.einsum("btn,bsn->bts", jacobians(), jacobians())
+    tx = case.make(NUM_TASKS)
+    losses = jnp.linspace(0.5, 2.0, NUM_TASKS)
+    weights = jax.vmap(
+        lambda gram: tx.update(jnp.eye(NUM_TASKS), tx.init(None), gramian=gram, losses=losses)[0]
+    )(grams)
+    least = np.asarray(weights).min()
+    assert least > 0 if case.positive_weights else least < 1e-6
