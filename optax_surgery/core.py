@@ -200,6 +200,52 @@ def task_preference(preference: jax.Array | None, task_mask: jax.Array) -> jax.A
     return jnp.where(task_mask, preference, 0.0)
 
 
+def check_num_tasks(method: str, expected: int, num_tasks: int) -> None:
+    """Refuses the gradients of more or fewer tasks than a method keeps numbers for."""
+    if num_tasks != expected:
+        raise ValueError(
+            f"Expected the gradients of {expected} tasks, got {num_tasks} at 'num_tasks'. "
+            f"Make it `{method}({num_tasks})`."
+        )
+
+
+def needed(method: str, **argument: Any) -> Any:
+    """Returns an extra argument of `update`, given by name, or says that it is missing."""
+    ((name, value),) = argument.items()
+    if value is None:
+        raise ValueError(
+            f"Expected the extra argument `{name}`, got None at '{method}'. "
+            f"Pass it: `update(task_updates, state, params, {name}=...)`."
+        )
+    return value
+
+
+def refuse_gramian(method: str, gramian: jax.Array | None) -> None:
+    """For methods that are no function of the Gramian."""
+    if gramian is not None:
+        raise ValueError(
+            f"Expected no Gramian, got one at '{method}', which works on the coordinates of the "
+            "gradients. Pass the stacked task gradients alone."
+        )
+
+
+def unnamed_state(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    """The optimiser of a method's own parameters, with a state that has no field names.
+
+    `optax.tree.get(state, "count")` should find the step of the user's optimiser, and not a
+    second one inside a surgery.
+    """
+    structure = jax.tree.structure(jax.eval_shape(tx.init, params))
+
+    def update(updates, state, params=None):
+        updates, new_state = tx.update(updates, jax.tree.unflatten(structure, state), params)
+        return updates, tuple(jax.tree.leaves(new_state))
+
+    return optax.GradientTransformation(
+        init=lambda params: tuple(jax.tree.leaves(tx.init(params))), update=update
+    )
+
+
 def _prng_key(key: jax.Array | int) -> jax.Array:
     if isinstance(key, jax.Array) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,)

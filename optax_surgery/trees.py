@@ -77,7 +77,7 @@ def leaf_path(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def gramian(task_updates: optax.Updates) -> jax.Array:
+def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> jax.Array:
     """The inner products of the task gradients, summed over all leaves.
 
     Every leaf is contracted where it lies: nothing is flattened or concatenated,
@@ -87,9 +87,11 @@ def gramian(task_updates: optax.Updates) -> jax.Array:
 
     Args:
       task_updates: pytree whose leaves have shape (T, *param.shape).
+      other: task gradients of the same shapes from another batch, for the methods that
+        take the cross-Gramian of two independent batches.
 
     Returns:
-      G of shape (T, T), G[i, j] = g_i . g_j, float32 or float64.
+      G of shape (T, T), G[i, j] = g_i . g_j (g_i . other_j), float32 or float64.
 
     Raises:
       ValueError: a leaf is not stacked, not real, or disagrees on T.
@@ -102,7 +104,9 @@ def gramian(task_updates: optax.Updates) -> jax.Array:
              [-1.,  2.]], dtype=float32)
     """
     check_task_updates(task_updates)
-    return _scaled_gramian(task_updates, 1.0)
+    if other is not None:
+        check_task_updates(other, jax.tree.map(lambda leaf: leaf[0], task_updates))
+    return _scaled_gramian(task_updates, task_updates if other is None else other, 1.0)
 
 
 @jax.jit
@@ -127,7 +131,7 @@ def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
     return lax.cond(
         (peak >= least) & (peak <= largest),
         lambda: plain,
-        lambda: _scaled_gramian(task_updates, scale),
+        lambda: _scaled_gramian(task_updates, task_updates, scale),
     )
 
 
@@ -185,17 +189,19 @@ def mask_tasks(task_mask: jax.Array, task_updates: optax.Updates) -> optax.Updat
     return jax.tree.map(mask_leaf, task_updates)
 
 
-def _scaled_gramian(task_updates: optax.Updates, scale: jax.Array | float) -> jax.Array:
-    dtype = gramian_dtype(task_updates)
+def _scaled_gramian(
+    task_updates: optax.Updates, other: optax.Updates, scale: jax.Array | float
+) -> jax.Array:
+    dtype = gramian_dtype((task_updates, other))
 
-    def leaf_gramian(leaf):
-        rows = jnp.asarray(leaf).astype(dtype) * scale
-        axes = tuple(range(1, rows.ndim))
+    def leaf_gramian(left, right):
+        left, right = (jnp.asarray(leaf).astype(dtype) * scale for leaf in (left, right))
+        axes = tuple(range(1, left.ndim))
         return lax.dot_general(
-            rows, rows, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+            left, right, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
         )
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates))
+    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates, other))
 
 
 def _check_structure(task_updates: optax.Updates, params: optax.Params) -> None:

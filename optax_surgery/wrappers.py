@@ -68,11 +68,7 @@ def monitor(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, MonitorState]:
         del extra_args
         got = trees.check_task_updates(task_updates, params)
-        if got != num_tasks:
-            raise ValueError(
-                f"Expected the gradients of {num_tasks} tasks, got {got} at 'num_tasks'. "
-                f"Make it `monitor({got})`."
-            )
+        core.check_num_tasks("monitor", num_tasks, got)
         _, gramian = core.masked_gramian(task_updates, task_mask, gramian)
         return task_updates, MonitorState(gramian.astype(state.gramian.dtype))
 

@@ -5,8 +5,10 @@ tests find a counter-example for it, so that no promise is forgotten either way.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import optax
 
@@ -20,11 +22,16 @@ class Case:
 
     Attributes:
       make: num_tasks -> surgery.
+      rule: (jacobian, losses) -> update of the first step: the paper's rule in float64
+        numpy; None where the update is random.
+      tolerance: of the update, relative to the longest task gradient, in float32.
       keep: mask -> the surgery of the tasks that a mask leaves, where it is not
         `make(number of them)`: for methods made with one number per task.
-      rule: float64 Jacobian -> update, the paper's rule; None where the update is random.
-      tolerance: of the update, relative to the largest task gradient, in float32.
       random: whether the update depends on the key.
+      mask_in_law: masking equals leaving out in distribution only, as what a task draws
+        depends on its number.
+      coordinates: whether the method works on coordinates and refuses a Gramian.
+      needs_gramian: whether the method needs the Gramian of two batches.
       non_conflicting: no update has a negative product with a task gradient (T <= n).
       permutation_equivariant: permuted tasks give the same update (in law, if random).
       linear_under_scaling: c -> update(diag(c) J) is linear for c > 0.
@@ -34,15 +41,39 @@ class Case:
     """
 
     make: Callable[[int], optax.GradientTransformationExtraArgs]
-    rule: Callable[[np.ndarray], np.ndarray] | None
-    keep: Callable[[np.ndarray], optax.GradientTransformationExtraArgs] | None = None
+    rule: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     tolerance: float = 1e-5
+    keep: Callable[[np.ndarray], optax.GradientTransformationExtraArgs] | None = None
     random: bool = False
+    mask_in_law: bool = False
+    coordinates: bool = False
+    needs_gramian: bool = False
     non_conflicting: bool = False
     permutation_equivariant: bool = True
     linear_under_scaling: bool = False
     degree: float = 1.0
     positive_weights: bool = False
+
+    @functools.cache  # noqa: B019  so that a surgery is compiled once in the whole run
+    def surgery(self, num_tasks):
+        return self.make(num_tasks)
+
+    def extra_args(self, task_grads):
+        """What `update` may need besides the gradients."""
+        num_tasks = jax.tree.leaves(task_grads)[0].shape[0]
+        extra = {"losses": losses_of(num_tasks)}
+        return extra | ({"gramian": surgery.gramian(task_grads)} if self.needs_gramian else {})
+
+    def step(self, task_grads, state=None, **kwargs):
+        """One update of stacked gradients, from the initial state if none is given."""
+        tx = self.surgery(jax.tree.leaves(task_grads)[0].shape[0])
+        if state is None:
+            state = tx.init(jax.tree.map(lambda leaf: leaf[0], task_grads))
+        return tx.update(task_grads, state, **(self.extra_args(task_grads) | kwargs))
+
+
+def losses_of(num_tasks):
+    return np.linspace(0.5, 2.0, num_tasks).astype(np.float32)
 
 
 def ramp(num_tasks):
@@ -50,27 +81,30 @@ def ramp(num_tasks):
     return np.arange(1, num_tasks + 1, dtype=np.float32) / num_tasks
 
 
-CASES = {
+BASELINES = {
     "mean": Case(
         make=lambda num_tasks: surgery.mean(),
-        rule=papers.mean,
+        rule=lambda jacobian, losses: jacobian.mean(axis=0),
         linear_under_scaling=True,
         positive_weights=True,
     ),
     "sum": Case(
         make=lambda num_tasks: surgery.sum(),
-        rule=papers.sum,
+        rule=lambda jacobian, losses: jacobian.sum(axis=0),
         linear_under_scaling=True,
         positive_weights=True,
     ),
     "constant": Case(
         make=lambda num_tasks: surgery.constant(ramp(num_tasks)),
-        rule=lambda jacobian: papers.constant(jacobian, ramp(len(jacobian))),
+        rule=lambda jacobian, losses: ramp(len(jacobian)) @ jacobian,
         keep=lambda mask: surgery.constant(ramp(len(mask))[mask]),
         permutation_equivariant=False,
         linear_under_scaling=True,
         positive_weights=True,
     ),
+}
+
+FROM_THE_GRAMIAN = {
     "pcgrad": Case(
         make=lambda num_tasks: surgery.pcgrad(),
         rule=None,
@@ -80,14 +114,20 @@ CASES = {
     ),
     "aligned_mtl": Case(
         make=lambda num_tasks: surgery.aligned_mtl(),
-        rule=papers.aligned_mtl,
+        rule=lambda jacobian, losses: papers.aligned_mtl(jacobian),
         tolerance=1e-4,
     ),
     "aligned_mtl_preference": Case(
         make=lambda num_tasks: surgery.aligned_mtl(ramp(num_tasks)),
-        rule=lambda jacobian: papers.aligned_mtl(jacobian, ramp(len(jacobian))),
-        keep=lambda mask: surgery.aligned_mtl(ramp(len(mask))[mask]),
+        rule=lambda jacobian, losses: papers.aligned_mtl(jacobian, ramp(len(jacobian))),
         tolerance=1e-4,
+        keep=lambda mask: surgery.aligned_mtl(ramp(len(mask))[mask]),
         permutation_equivariant=False,
     ),
 }
+
+FROM_THE_LOSSES = {}
+
+FROM_THE_COORDINATES = {}
+
+CASES = BASELINES | FROM_THE_GRAMIAN | FROM_THE_LOSSES | FROM_THE_COORDINATES

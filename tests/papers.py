@@ -51,15 +51,3 @@ def aligned_mtl(jacobian, preference=None, scale_mode="min"):
         "rmse": np.sqrt(np.mean(values**2)),
     }[scale_mode]
     return scale * preference @ left @ right
-
-
-def mean(jacobian):
-    return np.asarray(jacobian, np.float64).mean(axis=0)
-
-
-def sum(jacobian):
-    return np.asarray(jacobian, np.float64).sum(axis=0)
-
-
-def constant(jacobian, weights):
-    return np.asarray(weights, np.float64) @ np.asarray(jacobian, np.float64)

@@ -27,10 +27,6 @@ def task_gradients(num_tasks=NUM_TASKS, seed=0, params=PARAMS):
     )
 
 
-def extra_args(num_tasks=NUM_TASKS):
-    return {"losses": jnp.linspace(0.5, 2.0, num_tasks)}
-
-
 def same(left, right):
     return jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), left, right))
 
@@ -41,25 +37,21 @@ def described(tree):
 
 @every_method
 def test_updates_have_the_shapes_and_dtypes_of_the_parameters(case):
-    tx = case.make(NUM_TASKS)
-    updates, _ = tx.update(task_gradients(), tx.init(PARAMS), PARAMS, **extra_args())
+    updates, _ = case.step(task_gradients())
     assert described(updates) == described(PARAMS)
 
 
 @every_method
 def test_the_number_of_tasks_is_read_off_the_gradients(case):
     for num_tasks in (1, 2, 7):
-        tx = case.make(num_tasks)
-        grads = task_gradients(num_tasks)
-        updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS, **extra_args(num_tasks))
+        updates, _ = case.step(task_gradients(num_tasks))
         assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), updates))
 
 
 @every_method
 def test_state_keeps_its_structure_shapes_and_dtypes(case):
-    tx = case.make(NUM_TASKS)
-    state = tx.init(PARAMS)
-    _, new_state = tx.update(task_gradients(), state, PARAMS, **extra_args())
+    state = case.surgery(NUM_TASKS).init(PARAMS)
+    _, new_state = case.step(task_gradients(), state)
     assert jax.tree.structure(state) == jax.tree.structure(new_state)
     assert described(state) == described(new_state)
     for leaf in jax.tree.leaves(state):
@@ -68,38 +60,35 @@ def test_state_keeps_its_structure_shapes_and_dtypes(case):
 
 @every_method
 def test_no_field_of_the_state_is_called_count(case):
-    tx = optax.chain(case.make(NUM_TASKS), optax.adam(1e-3))
+    tx = optax.chain(case.surgery(NUM_TASKS), optax.adam(1e-3))
     assert optax.tree.get(tx.init(PARAMS), "count").shape == ()
 
 
 @every_method
 def test_unknown_extra_arguments_are_ignored(case):
-    tx = case.make(NUM_TASKS)
-    plain, _ = tx.update(task_gradients(), tx.init(PARAMS), PARAMS, **extra_args())
-    extra, _ = tx.update(
-        task_gradients(), tx.init(PARAMS), PARAMS, **extra_args(), value=1.0, colour="red"
-    )
+    plain, _ = case.step(task_gradients())
+    extra, _ = case.step(task_gradients(), value=1.0, colour="red")
     assert same(plain, extra)
 
 
 @every_method
 def test_compiles_once(case):
-    tx = case.make(NUM_TASKS)
-    step = jax.jit(tx.update)
-    state = tx.init(PARAMS)
+    step = jax.jit(case.step)
+    state = case.surgery(NUM_TASKS).init(PARAMS)
     for seed in range(3):
-        _, state = step(task_gradients(seed=seed), state, PARAMS, **extra_args())
+        _, state = step(task_gradients(seed=seed), state)
     assert step._cache_size() == 1
 
 
 @every_method
 def test_scan_donation_and_a_python_loop_agree(case):
-    tx = optax.chain(case.make(NUM_TASKS), optax.adam(1e-2))
+    tx = optax.chain(case.surgery(NUM_TASKS), optax.adam(1e-2))
     grads = [task_gradients(seed=seed) for seed in range(4)]
 
     def step(carry, task_grads):
         params, state = carry
-        updates, state = tx.update(task_grads, state, params, **extra_args())
+        extra_args = case.extra_args(task_grads)
+        updates, state = tx.update(task_grads, state, params, **extra_args)
         return (optax.apply_updates(params, updates), state), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
@@ -114,15 +103,13 @@ def test_scan_donation_and_a_python_loop_agree(case):
 
 @every_method
 def test_vmap_over_seeds_equals_a_loop(case):
-    tx = case.make(NUM_TASKS)
+    tx = case.surgery(NUM_TASKS)
     states = jax.vmap(tx.init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), PARAMS))
     grads = [task_gradients(seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-    updates, _ = jax.vmap(lambda grads, state: tx.update(grads, state, **extra_args()))(
-        stacked, states
-    )
+    updates, _ = jax.vmap(case.step)(stacked, states)
     for seed in range(3):
-        alone, _ = tx.update(grads[seed], tx.init(PARAMS), **extra_args())
+        alone, _ = case.step(grads[seed])
         jax.tree.map(
             lambda leaf, all_leaves, seed=seed: np.testing.assert_allclose(
                 all_leaves[seed], leaf, atol=1e-5
@@ -134,13 +121,13 @@ def test_vmap_over_seeds_equals_a_loop(case):
 
 @every_method
 def test_a_surgery_of_the_identity_is_its_weights(case):
-    tx = case.make(NUM_TASKS)
     grads = task_gradients()
-    state = tx.init(PARAMS)
-    weights, _ = tx.update(
-        jnp.eye(NUM_TASKS), state, gramian=surgery.gramian(grads), **extra_args()
-    )
-    updates, _ = tx.update(grads, state, **extra_args())
+    if case.coordinates:
+        with pytest.raises(ValueError, match="Expected no Gramian, got one at"):
+            case.step(grads, gramian=surgery.gramian(grads))
+        return
+    weights, _ = case.step(jnp.eye(NUM_TASKS), gramian=surgery.gramian(grads))
+    updates, _ = case.step(grads)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
         updates,
@@ -167,11 +154,12 @@ CHECKPOINTS = {
 @every_method
 @pytest.mark.parametrize("through", CHECKPOINTS)
 def test_the_ten_steps_after_a_checkpoint_are_the_same_to_the_bit(case, through, tmp_path):
-    tx = optax.chain(surgery.monitor(NUM_TASKS), case.make(NUM_TASKS), optax.adam(1e-2))
+    tx = optax.chain(surgery.monitor(NUM_TASKS), case.surgery(NUM_TASKS), optax.adam(1e-2))
 
     @jax.jit
     def step(params, state, task_grads):
-        updates, state = tx.update(task_grads, state, params, **extra_args())
+        extra_args = case.extra_args(task_grads)
+        updates, state = tx.update(task_grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
     def run(params, state, seeds):
@@ -188,17 +176,16 @@ def test_the_ten_steps_after_a_checkpoint_are_the_same_to_the_bit(case, through,
 def test_missing_and_empty_leaves_pass(case):
     params = {"a": jnp.ones(3), "none": None, "empty": jnp.ones((0, 2))}
     grads = task_gradients(params=params)
-    tx = case.make(NUM_TASKS)
-    updates, _ = tx.update(grads, tx.init(params), params, **extra_args())
+    updates, _ = case.step(grads)
     assert updates["none"] is None
     assert updates["empty"].shape == (0, 2)
-    alone, _ = tx.update({"a": grads["a"]}, tx.init(params), **extra_args())
+    alone, _ = case.step({"a": grads["a"]})
     np.testing.assert_allclose(updates["a"], alone["a"], atol=1e-6)
 
 
 @every_method
 def test_abstract_evaluation_needs_no_arrays(case):
-    tx = case.make(NUM_TASKS)
+    tx = case.surgery(NUM_TASKS)
     shapes = jax.eval_shape(tx.init, PARAMS)
     assert described(shapes) == described(tx.init(PARAMS))
 
@@ -206,11 +193,6 @@ def test_abstract_evaluation_needs_no_arrays(case):
 @every_method
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_lowers_for_every_platform(case, platform):
-    tx = case.make(NUM_TASKS)
-    state = tx.init(PARAMS)
-
-    def update(task_grads, state):
-        return tx.update(task_grads, state, **extra_args())
-
-    exported = jax.export.export(jax.jit(update), platforms=[platform])(task_gradients(), state)
+    state = case.surgery(NUM_TASKS).init(PARAMS)
+    exported = jax.export.export(jax.jit(case.step), platforms=[platform])(task_gradients(), state)
     assert exported.platforms == (platform,)

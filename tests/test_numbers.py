@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from tests.cases import CASES
+from tests.cases import CASES, losses_of
 
 every_method = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 NUM_TASKS, SIZE = 3, 6
@@ -16,26 +16,15 @@ def random_jacobian(num_tasks=NUM_TASKS, size=SIZE, seed=0):
     return np.random.default_rng(seed).normal(size=(num_tasks, size))
 
 
-def losses_of(num_tasks):
-    return jnp.linspace(0.5, 2.0, num_tasks)
-
-
-def update_of(case, jacobian, **kwargs):
-    """The update of one step and the new state."""
-    num_tasks = len(jax.tree.leaves(jacobian)[0])
-    tx = case.make(num_tasks)
-    return tx.update(jacobian, tx.init(None), losses=losses_of(num_tasks), **kwargs)
-
-
 @every_method
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_the_update_has_the_dtype_of_the_gradients_and_the_precision_of_float32(case, dtype):
     with jax.enable_x64(dtype == "float64"):
         jacobian = jnp.asarray(random_jacobian(), dtype)
-        update, _ = update_of(case, jacobian)
+        update, _ = case.step(jacobian)
         assert update.dtype == dtype
         # The same gradients in float32: only the rounding of the result may differ.
-        expected, _ = update_of(case, np.asarray(jacobian, np.float32))
+        expected, _ = case.step(np.asarray(jacobian, np.float32))
         tolerance = max(4 * jnp.finfo(dtype).eps.item(), 1e-5)
         scale = np.abs(np.asarray(expected)).max()
         np.testing.assert_allclose(
@@ -47,11 +36,11 @@ def test_the_update_has_the_dtype_of_the_gradients_and_the_precision_of_float32(
 def test_a_tree_may_mix_dtypes(case):
     jacobian = random_jacobian().astype("f4")
     tree = {"half": jnp.asarray(jacobian[:, :2], jnp.bfloat16), "single": jacobian[:, 2:]}
-    update, _ = update_of(case, tree)
+    update, _ = case.step(tree)
     assert update["half"].dtype == jnp.bfloat16
     assert update["single"].dtype == jnp.float32
     whole = np.concatenate([np.asarray(tree["half"], "f4"), tree["single"]], axis=1)
-    expected, _ = update_of(case, whole)
+    expected, _ = case.step(whole)
     np.testing.assert_allclose(update["single"], expected[2:], rtol=1e-4, atol=1e-4)
 
 
@@ -59,10 +48,10 @@ def test_a_tree_may_mix_dtypes(case):
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_the_direction_does_not_suffer_from_squares_out_of_range(case, scale):
     jacobian = random_jacobian().astype("f4")
-    update, _ = update_of(case, jacobian * np.float32(scale))
+    update, _ = case.step(jacobian * np.float32(scale))
     update = np.asarray(update, np.float64)
     assert np.isfinite(update).all()
-    expected, _ = update_of(case, jacobian)
+    expected, _ = case.step(jacobian)
     direction = update / np.linalg.norm(update)
     np.testing.assert_allclose(direction, expected / np.linalg.norm(expected), atol=2e-5)
 
@@ -86,14 +75,14 @@ DEGENERATE = {
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_gradients_give_finite_updates(case, kind):
     with jax.debug_nans(True):
-        update, state = update_of(case, DEGENERATE[kind].astype("f4"))
+        update, state = case.step(DEGENERATE[kind].astype("f4"))
     for leaf in jax.tree.leaves((update, state)):
         assert np.isfinite(np.asarray(leaf)).all()
 
 
 @every_method
 def test_zero_gradients_give_a_zero_update(case):
-    update, _ = update_of(case, np.zeros((NUM_TASKS, SIZE), "f4"))
+    update, _ = case.step(np.zeros((NUM_TASKS, SIZE), "f4"))
     np.testing.assert_array_equal(update, 0)
 
 
@@ -106,37 +95,65 @@ def test_masked_tasks_are_as_good_as_left_out(case, poison):
     losses = np.where(mask, losses_of(4), poison).astype("f4")
     poisoned = np.where(mask[:, None], jacobian, poison).astype("f4")
 
-    tx = case.make(4)
-    masked, masked_state = tx.update(poisoned, tx.init(None), losses=losses, task_mask=mask)
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(masked_state))
-    left_out = case.keep(mask) if case.keep else case.make(2)
-    expected, _ = left_out.update(jacobian[mask], left_out.init(None), losses=losses[mask])
+    masked, state = case.step(poisoned, losses=losses, task_mask=mask)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves((masked, state)))
+    if case.mask_in_law:
+        return
+    left_out = case.keep(mask) if case.keep else case.surgery(2)
+    extra_args = case.extra_args(jacobian[mask]) | {"losses": losses[mask]}
+    expected, _ = left_out.update(jacobian[mask], left_out.init(jacobian[0]), **extra_args)
     np.testing.assert_allclose(masked, expected, rtol=1e-4, atol=1e-5)
 
 
 @every_method
+def test_a_mask_leaves_the_state_that_the_other_tasks_alone_would_have(case):
+    if case.mask_in_law:
+        pytest.skip("what a task draws depends on its number; its law is tested with the method")
+    mask = np.array([True, False, True, False])
+    left_out = case.keep(mask) if case.keep else case.surgery(2)
+    before = state = case.surgery(4).init(np.zeros(SIZE, "f4"))
+    others = left_out.init(np.zeros(SIZE, "f4"))
+    for seed in range(3):
+        jacobian = random_jacobian(4, seed=seed).astype("f4")
+        losses = losses_of(4) * np.float32(1 + seed)
+        _, state = case.step(jacobian, state, losses=losses, task_mask=mask)
+        extra_args = case.extra_args(jacobian[mask]) | {"losses": losses[mask]}
+        _, others = left_out.update(jacobian[mask], others, **extra_args)
+
+    def compare(full, alone, first):
+        full, alone, first = (np.asarray(leaf) for leaf in (full, alone, first))
+        axes = [axis for axis in range(full.ndim) if full.shape[axis] != alone.shape[axis]]
+        kept, masked = full, full != first
+        for axis in axes:
+            kept = np.compress(mask, kept, axis)
+            masked = np.compress(~mask, masked, axis)
+        np.testing.assert_allclose(kept, alone, rtol=1e-4, atol=1e-5)
+        assert not axes or not masked.any(), "a masked task's numbers changed"
+
+    jax.tree.map(compare, state, others, before)
+
+
+@every_method
 def test_all_tasks_masked_changes_nothing(case):
-    tx = case.make(NUM_TASKS)
-    losses = losses_of(NUM_TASKS)
-    _, state = tx.update(random_jacobian().astype("f4"), tx.init(None), losses=losses)
-    poisoned = np.full((NUM_TASKS, SIZE), np.nan, "f4")
-    with jax.debug_nans(True):
-        update, new_state = tx.update(
-            jnp.zeros_like(poisoned), state, losses=losses, task_mask=np.zeros(NUM_TASKS, bool)
-        )
-    np.testing.assert_array_equal(update, 0)
-    update, new_state = tx.update(
-        poisoned, state, losses=losses * np.nan, task_mask=np.zeros(NUM_TASKS, bool)
-    )
-    np.testing.assert_array_equal(update, 0)
-    jax.tree.map(np.testing.assert_array_equal, new_state, state)
+    _, state = case.step(random_jacobian().astype("f4"))
+    nothing = np.zeros(NUM_TASKS, bool)
+    for poison in (0.0, np.nan):
+        with jax.debug_nans(poison == 0):
+            update, new_state = case.step(
+                np.full((NUM_TASKS, SIZE), poison, "f4"),
+                state,
+                losses=losses_of(NUM_TASKS) + np.float32(poison),
+                task_mask=nothing,
+            )
+        np.testing.assert_array_equal(update, 0)
+        jax.tree.map(np.testing.assert_array_equal, new_state, state)
 
 
 @every_method
 def test_a_mask_of_all_tasks_is_no_mask(case):
     jacobian = random_jacobian().astype("f4")
-    plain, _ = update_of(case, jacobian)
-    masked, _ = update_of(case, jacobian, task_mask=np.ones(NUM_TASKS, bool))
+    plain, _ = case.step(jacobian)
+    masked, _ = case.step(jacobian, task_mask=np.ones(NUM_TASKS, bool))
     np.testing.assert_allclose(masked, plain, rtol=1e-6, atol=1e-7)
 
 
