@@ -7,6 +7,13 @@ from optax_surgery.core import gradient_surgery as gradient_surgery
 
 # Methods from the Gramian
 from optax_surgery.methods.aligned_mtl import aligned_mtl as aligned_mtl
+from optax_surgery.methods.conflict_free import conflict_free as conflict_free
+from optax_surgery.methods.cr_mogm import cr_mogm as cr_mogm
+from optax_surgery.methods.gradops import gradops as gradops
+from optax_surgery.methods.gradvac import gradvac as gradvac
+from optax_surgery.methods.imtl_g import imtl_g as imtl_g
+from optax_surgery.methods.krum import krum as krum
+from optax_surgery.methods.ntkmtl import ntkmtl as ntkmtl
 from optax_surgery.methods.pcgrad import pcgrad as pcgrad
 
 # Baselines

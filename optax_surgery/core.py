@@ -63,7 +63,7 @@ class SurgeryState(NamedTuple):
     Attributes:
       surgery_step: () int32, the number of updates so far, from which the key of the
         next one follows.
-      weighting_state: the state of the `Weighting`.
+      weighting_state: the state of the `Weighting`, or of a method on coordinates.
     """
 
     surgery_step: jax.Array
@@ -144,9 +144,7 @@ def gradient_surgery(
     def operate(task_updates, state, losses, task_mask, gramian):
         task_updates, gramian = masked_gramian(task_updates, task_mask, gramian)
         active = jnp.ones(gramian.shape[0], bool) if task_mask is None else task_mask
-        if losses is not None:
-            losses = trees.check_shape("losses", losses, active.shape).astype(gramian.dtype)
-            losses = jnp.where(active, losses, 1)
+        losses = _active_losses(losses, active, gramian.dtype)
 
         weights, weighting_state = weighting.update(
             gramian,
@@ -156,15 +154,136 @@ def gradient_surgery(
             task_mask=active,
         )
         next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(jnp.any(active), new, old).astype(old.dtype),
-            SurgeryState(next_step, weighting_state),
-            state,
-        )
+        new_state = _next_state(active, SurgeryState(next_step, weighting_state), state)
         return trees.combine(jnp.where(active, weights, 0), task_updates), new_state
 
     # optax calls the first argument `updates`; ours are per task, and say so.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+
+
+def stacked_surgery(
+    method: str,
+    init: Callable[[optax.Params], Any],
+    update: Callable[..., tuple[optax.Updates, Any]],
+    *,
+    num_tasks: int | None = None,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a rule on the stacked gradients an optax transformation.
+
+    For methods that are no function of the Gramian of one step. Masks, randomness, state and
+    errors are those of `gradient_surgery`, except that a Gramian is refused.
+
+    Args:
+      method: its name, for messages.
+      init: params -> state, a pytree of arrays of fixed shapes.
+      update: `(task_updates, state, *, key, step, losses, task_mask) -> (updates, state)`.
+        Gradients of masked tasks are zero, their losses 1; `step` is () int32, 0 at first.
+        There is at least one task that takes part: where the caller masks all, the rule sees
+        all of them with gradients of zero, and what it returns is dropped. Updates may be in
+        float32 whatever the dtype of the gradients.
+      num_tasks: number of tasks that the state is made for, if it is.
+      key: seed or PRNG key of a random rule. Step t uses `jax.random.fold_in(key, t)`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose updates have the parameters' shapes
+      and the dtypes of the gradients.
+    """
+
+    def init_fn(params: optax.Params) -> SurgeryState:
+        return SurgeryState(jnp.zeros((), jnp.int32), init(params))
+
+    def update_fn(
+        task_updates: optax.Updates,
+        state: SurgeryState,
+        params: optax.Params | None = None,
+        *,
+        losses: jax.Array | None = None,
+        task_mask: jax.Array | None = None,
+        gramian: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SurgeryState]:
+        del extra_args
+        refuse_gramian(method, gramian)
+        got = trees.check_task_updates(task_updates, params)
+        if not got:  # a group of `optax.partition` that holds no leaf
+            return task_updates, state
+        if num_tasks is not None:
+            check_num_tasks(method, num_tasks, got)
+        return operate(task_updates, state, losses, task_mask)
+
+    @jax.jit  # outside of the user's `jit`, loops would be compiled anew in every call
+    def operate(task_updates, state, losses, task_mask):
+        task_updates, active = masked_task_updates(task_updates, task_mask)
+        losses = _active_losses(losses, active, trees.gramian_dtype(task_updates))
+        updates, rule_state = update(
+            task_updates,
+            state.weighting_state,
+            key=jax.random.fold_in(_prng_key(key), state.surgery_step),
+            step=state.surgery_step,
+            losses=losses,
+            task_mask=active | ~jnp.any(active),
+        )
+        updates = jax.tree.map(
+            lambda update, leaf: jnp.where(jnp.any(active), update, 0).astype(leaf.dtype),
+            updates,
+            task_updates,
+        )
+        next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
+        return updates, _next_state(active, SurgeryState(next_step, rule_state), state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+
+
+def coordinate_surgery(
+    method: str, rule: Callable[..., jax.Array], *, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a rule on each coordinate, without a state, an optax transformation.
+
+    Args:
+      method: its name, for messages.
+      rule: `(rows, *, key, task_mask) -> update`, from a leaf's gradients of shape (T, *shape),
+        float32 or float64 and zero where a task is masked, to the leaf's update. The key
+        differs from leaf to leaf and from step to step.
+      key: seed or PRNG key of a random rule.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`, as of `stacked_surgery`.
+    """
+
+    def update(task_updates, state, *, key, step, losses, task_mask):
+        del step, losses
+        return trees.map_rows(rule, task_updates, key=key, task_mask=task_mask), state
+
+    return stacked_surgery(method, lambda params: (), update, key=key)
+
+
+def with_gramian(
+    method: str, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """Makes `gramian` a needed argument, for methods of two independent batches."""
+
+    def update_fn(task_updates, state, params=None, *, gramian=None, **extra_args):
+        gramian = needed(method, gramian=gramian)
+        return tx.update(task_updates, state, params, gramian=gramian, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def masked_task_updates(
+    task_updates: optax.Updates, task_mask: jax.Array | None
+) -> tuple[optax.Updates, jax.Array]:
+    """The gradients that a rule may see, zero where a task is masked, and the (T,) mask."""
+    num_tasks = trees.check_task_updates(task_updates)
+    if task_mask is None:
+        return task_updates, jnp.ones(num_tasks, bool)
+    task_mask = trees.check_shape("task_mask", task_mask, (num_tasks,))
+    if task_mask.dtype != bool:
+        raise ValueError(
+            f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
+            "Pass True for the tasks that take part in this step."
+        )
+    return trees.mask_tasks(task_mask, task_updates), task_mask
 
 
 def masked_gramian(
@@ -173,22 +292,13 @@ def masked_gramian(
     gramian: jax.Array | None,
 ) -> tuple[optax.Updates, jax.Array]:
     """The gradients and the Gramian that a rule may see: zero where a task is masked."""
-    num_tasks = trees.check_task_updates(task_updates)
-    if task_mask is not None:
-        task_mask = trees.check_shape("task_mask", task_mask, (num_tasks,))
-        if task_mask.dtype != bool:
-            raise ValueError(
-                f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
-                "Pass True for the tasks that take part in this step."
-            )
-        task_updates = trees.mask_tasks(task_mask, task_updates)
+    task_updates, active = masked_task_updates(task_updates, task_mask)
     if gramian is None:
         return task_updates, trees.gramian_in_range(task_updates)
-    gramian = trees.check_shape("gramian", gramian, (num_tasks, num_tasks))
+    gramian = trees.check_shape("gramian", gramian, (active.size, active.size))
     gramian = gramian.astype(trees.gramian_dtype(gramian))
     if task_mask is not None:
-        pairs = task_mask[:, None] & task_mask[None, :]
-        gramian = jnp.where(pairs, gramian, 0.0)
+        gramian = jnp.where(active[:, None] & active[None, :], gramian, 0.0)
     return task_updates, gramian
 
 
@@ -198,6 +308,14 @@ def task_preference(preference: jax.Array | None, task_mask: jax.Array) -> jax.A
         return task_mask / jnp.maximum(jnp.sum(task_mask), 1)
     preference = trees.check_shape("preference", preference, task_mask.shape)
     return jnp.where(task_mask, preference, 0.0)
+
+
+def random_orders(key: jax.Array, num_tasks: int) -> jax.Array:
+    """For each task an independent, uniformly random order of the others, (T, T - 1)."""
+    tasks = jnp.arange(num_tasks)[:, None]
+    others = jnp.arange(num_tasks - 1)[None, :]
+    others = others + (others >= tasks)
+    return jax.random.permutation(key, others, axis=1, independent=True)
 
 
 def check_num_tasks(method: str, expected: int, num_tasks: int) -> None:
@@ -243,6 +361,22 @@ def unnamed_state(tx: optax.GradientTransformation, params: Any) -> optax.Gradie
 
     return optax.GradientTransformation(
         init=lambda params: tuple(jax.tree.leaves(tx.init(params))), update=update
+    )
+
+
+def _active_losses(
+    losses: jax.Array | None, active: jax.Array, dtype: jnp.dtype
+) -> jax.Array | None:
+    if losses is None:
+        return None
+    losses = trees.check_shape("losses", losses, active.shape).astype(dtype)
+    return jnp.where(active, losses, 1)
+
+
+def _next_state(active: jax.Array, new: SurgeryState, old: SurgeryState) -> SurgeryState:
+    """The new state, with the dtypes of the old one; the old one if no task takes part."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(jnp.any(active), new, old).astype(old.dtype), new, old
     )
 
 

@@ -24,7 +24,10 @@ class Case:
       make: num_tasks -> surgery.
       rule: (jacobian, losses) -> update of the first step: the paper's rule in float64
         numpy; None where the update is random.
-      tolerance: of the update, relative to the longest task gradient, in float32.
+      tolerance: of the update, relative to the longest of it and the task gradients, in
+        float32, over well-conditioned Jacobians of three tasks.
+      tolerance_x64: the same in float64, over Jacobians of up to 20 tasks, of full and
+        deficient rank, norms spread over six orders of magnitude.
       keep: mask -> the surgery of the tasks that a mask leaves, where it is not
         `make(number of them)`: for methods made with one number per task.
       random: whether the update depends on the key.
@@ -43,6 +46,7 @@ class Case:
     make: Callable[[int], optax.GradientTransformationExtraArgs]
     rule: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     tolerance: float = 1e-5
+    tolerance_x64: float = 1e-9
     keep: Callable[[np.ndarray], optax.GradientTransformationExtraArgs] | None = None
     random: bool = False
     mask_in_law: bool = False
@@ -116,13 +120,66 @@ FROM_THE_GRAMIAN = {
         make=lambda num_tasks: surgery.aligned_mtl(),
         rule=lambda jacobian, losses: papers.aligned_mtl(jacobian),
         tolerance=1e-4,
+        tolerance_x64=2e-6,  # 1e-16 times the condition number of the Gramian
     ),
     "aligned_mtl_preference": Case(
         make=lambda num_tasks: surgery.aligned_mtl(ramp(num_tasks)),
         rule=lambda jacobian, losses: papers.aligned_mtl(jacobian, ramp(len(jacobian))),
         tolerance=1e-4,
+        tolerance_x64=2e-6,
         keep=lambda mask: surgery.aligned_mtl(ramp(len(mask))[mask]),
         permutation_equivariant=False,
+    ),
+    "imtl_g": Case(
+        make=lambda num_tasks: surgery.imtl_g(),
+        rule=lambda jacobian, losses: papers.imtl_g(jacobian),
+        tolerance=1e-3,
+    ),
+    "conflict_free": Case(
+        make=lambda num_tasks: surgery.conflict_free(),
+        rule=lambda jacobian, losses: papers.conflict_free(jacobian),
+        tolerance=1e-4,
+        non_conflicting=True,
+        linear_under_scaling=True,
+    ),
+    "conflict_free_preference": Case(
+        make=lambda num_tasks: surgery.conflict_free(ramp(num_tasks)),
+        rule=lambda jacobian, losses: papers.conflict_free(jacobian, ramp(len(jacobian))),
+        tolerance=1e-4,
+        keep=lambda mask: surgery.conflict_free(ramp(len(mask))[mask]),
+        non_conflicting=True,
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+    ),
+    "gradops": Case(
+        make=lambda num_tasks: surgery.gradops(),
+        rule=lambda jacobian, losses: papers.gradops(jacobian),
+        tolerance=1e-4,
+        non_conflicting=True,
+        linear_under_scaling=True,
+    ),
+    "ntkmtl": Case(
+        make=lambda num_tasks: surgery.ntkmtl(),
+        rule=lambda jacobian, losses: papers.ntkmtl(jacobian),
+        positive_weights=True,
+    ),
+    "krum": Case(
+        make=lambda num_tasks: surgery.krum(num_byzantine=0, num_selected=2),
+        rule=lambda jacobian, losses: papers.krum(jacobian, 0, 2),
+    ),
+    "gradvac": Case(
+        make=lambda num_tasks: surgery.gradvac(num_tasks),
+        rule=None,
+        random=True,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "cr_mogm": Case(
+        make=lambda num_tasks: surgery.cr_mogm(surgery.conflict_free(), num_tasks),
+        rule=lambda jacobian, losses: papers.conflict_free(jacobian),
+        tolerance=1e-4,
+        non_conflicting=True,
+        linear_under_scaling=True,
     ),
 }
 

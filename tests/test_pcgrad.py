@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from optax_surgery.methods.pcgrad import pcgrad_weights, random_orders
+from optax_surgery.core import random_orders
+from optax_surgery.methods.pcgrad import pcgrad_weights
 from tests import papers
 
 

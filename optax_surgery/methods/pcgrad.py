@@ -38,14 +38,6 @@ def pcgrad_weights(gramian: jax.Array, orders: jax.Array) -> jax.Array:
     return jnp.sum(coefficients, axis=0)
 
 
-def random_orders(key: jax.Array, num_tasks: int) -> jax.Array:
-    """For each task an independent, uniformly random order of the others, (T, T - 1)."""
-    tasks = jnp.arange(num_tasks)[:, None]
-    others = jnp.arange(num_tasks - 1)[None, :]
-    others = others + (others >= tasks)
-    return jax.random.permutation(key, others, axis=1, independent=True)
-
-
 def pcgrad(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs:
     r"""PCGrad: projects each task gradient on the normal plane of those it conflicts with.
 
@@ -93,6 +85,6 @@ def pcgrad(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs
 
     def update(gramian, state, /, *, key, losses, task_mask):
         del losses, task_mask  # a masked row is zero: it conflicts with none
-        return pcgrad_weights(gramian, random_orders(key, gramian.shape[0])), state
+        return pcgrad_weights(gramian, core.random_orders(key, gramian.shape[0])), state
 
     return core.gradient_surgery(core.Weighting(init=tuple, update=update), key=key)

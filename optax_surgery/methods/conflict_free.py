@@ -1,0 +1,78 @@
+"""ConFIG: the direction with chosen, positive cosines to all task gradients."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_surgery import core, linear
+
+
+def conflict_free_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
+    """ConFIG's weights.
+
+    Args:
+      gramian: (T, T) inner products; rows of absent tasks are zero.
+      preference: (T,) products with the unit gradients, up to a common factor.
+
+    Returns:
+      (T,) weights, possibly negative.
+    """
+    direction = linear.least_squares_of_cosines(gramian, preference)
+    products = jnp.matmul(gramian, direction, precision=jax.lax.Precision.HIGHEST)
+    squared_length = direction @ products
+    safe = jnp.where(squared_length > 0, squared_length, 1)
+    return jnp.where(squared_length > 0, direction * (jnp.sum(products) / safe), 0)
+
+
+def conflict_free(
+    preference: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ConFIG: the direction with chosen, positive cosines to all task gradients.
+
+    With the unit gradients in the rows of U and the preference p, :math:`u = U^{+} p` and
+
+    .. math:: d = \Big( \sum_i g_i \cdot \hat u \Big)\, \hat u, \qquad \hat u = u / \|u\|.
+
+    On the Gramian, with norms D and cosines C: :math:`v = D^{-1} C^{+} p`, weights
+    :math:`v\, (\mathbf 1^\top G v) / (v^\top G v)`. The update conflicts with no task if the
+    gradients are linearly independent.
+
+    Args:
+      preference: (T,) positive products of u with the unit gradients, the paper's weights;
+        equal by default.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      The update has the length of the summed gradient's projections on it, so the scale of a
+      sum.
+
+    Raises:
+      ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
+        has not one entry per task.
+
+    Note:
+      The pseudo-inverse counts eigenvalues of C of at most T times the machine epsilon times
+      the largest as zero. The authors' code solves a least-squares problem on U, on CUDA with a
+      driver that needs full rank; and it has a shortcut for two tasks which gives the same. Where
+      the update cannot be told from zero, it is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> tx = surgery.conflict_free()
+      >>> task_grads = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
+      >>> updates
+      Array([2., 2.], dtype=float32)
+
+    References:
+      Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
+      <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, Equation 2.
+    """
+
+    def update(gramian, state, /, *, key, losses, task_mask):
+        del key, losses
+        weights = core.task_preference(preference, task_mask).astype(gramian.dtype)
+        return conflict_free_weights(gramian, weights), state
+
+    return core.gradient_surgery(core.Weighting(init=tuple, update=update))

@@ -1,0 +1,55 @@
+"""NTKMTL: weights that even out the speeds at which tasks learn."""
+
+import jax.numpy as jnp
+import optax
+
+from optax_surgery import core
+
+
+def ntkmtl(exponent: float = 0.5) -> optax.GradientTransformationExtraArgs:
+    r"""NTKMTL: weights each task by the inverse of its speed in the neural tangent kernel.
+
+    With one loss per task, the kernel of task i is :math:`\|g_i\|^2`, and
+
+    .. math:: w_i = \Big( \frac{\sum_j \|g_j\|^2}{\|g_i\|^2} \Big)^{p}.
+
+    With p = 1/2 all weighted gradients are equally long.
+
+    Args:
+      exponent: p, above zero; 0.5 in the paper.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A sum of T gradients, with p = 1/2 each as long as the norm of the whole stack.
+
+    Raises:
+      ValueError: at trace time, from `update`, if the gradients are not stacked.
+
+    Note:
+      The authors multiply by T and clip the update to norm 1, which
+      `optax.chain(ntkmtl(), optax.clip_by_global_norm(1.0))` does up to that T. Tasks whose
+      gradient is zero get no weight. Their second form, NTKMTL-SR, takes Jacobians of a
+      representation on several mini-batches and is no function of the task gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> tx = surgery.ntkmtl()
+      >>> task_grads = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+      >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
+      >>> print(updates.round(3))
+      [5. 5.]
+
+    References:
+      Qin et al., `NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent
+      Kernel Perspective <https://arxiv.org/abs/2510.18258>`_, NeurIPS 2025.
+    """
+
+    def update(gramian, state, /, *, key, losses, task_mask):
+        del key, losses, task_mask  # a masked row is zero: it gets no weight
+        squared_norms = jnp.diagonal(gramian)
+        present = squared_norms > 0
+        ratios = jnp.sum(squared_norms) / jnp.where(present, squared_norms, 1)
+        return jnp.where(present, ratios**exponent, 0), state
+
+    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
