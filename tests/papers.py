@@ -7,6 +7,7 @@ text of the papers, however slow that is.
 import itertools
 
 import numpy as np
+import scipy.optimize
 
 
 def pcgrad(jacobian, orders):
@@ -123,3 +124,182 @@ def gradvac(jacobian, orders, targets, decay):
             targets[i, j] = decay * goal + (1 - decay) * cosine
         update += gradient
     return update
+
+
+def nearest_to_zero(points):
+    """The point of the convex hull of the rows that is nearest to zero.
+
+    Over v >= 0, ||P^T v||^2 + (1^T v - 1)^2 is least on the ray of the min-norm point (P. Wolfe,
+    Finding the nearest point in a polytope, 1976); columns are scaled to unit length.
+    """
+    norms = np.linalg.norm(points, axis=1)
+    if not norms.all():
+        return np.zeros(points.shape[1])
+    system = np.concatenate([(points / norms[:, None]).T, (norms.min() / norms)[None, :]])
+    target = np.zeros(len(system))
+    target[-1] = 1
+    ray, _ = scipy.optimize.nnls(system, target, maxiter=10_000)
+    return ray @ (points / norms[:, None]) / (ray @ (1 / norms))
+
+
+def mgda(jacobian, scales=1.0):
+    """The min-norm point of the scaled gradients; its weights on the unscaled ones."""
+    scales = scales * np.ones(len(jacobian))
+    nearest = nearest_to_zero(jacobian / scales[:, None])
+    norms = np.linalg.norm(jacobian, axis=1)
+    units = jacobian / norms[:, None]
+    system = np.concatenate([units.T * norms.min(), (scales / norms * norms.min())[None, :]])
+    target = np.concatenate([nearest * norms.min(), [norms.min()]])
+    coefficients, _ = scipy.optimize.nnls(system, target, maxiter=10_000)
+    weights = coefficients / norms * scales
+    return weights @ jacobian
+
+
+def cone_projection(jacobian, vector):
+    """The vector nearest to `vector` that conflicts with no row: vector + J^T s, s >= 0."""
+    units = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
+    size = np.linalg.norm(vector) or 1.0
+    steps, _ = scipy.optimize.nnls(units.T, -vector / size, maxiter=10_000)
+    return vector + size * steps @ units
+
+
+def dualproj(jacobian, preference=None):
+    weights = np.full(len(jacobian), 1 / len(jacobian)) if preference is None else preference
+    return cone_projection(jacobian, weights @ jacobian)
+
+
+def upgrad(jacobian, preference=None):
+    weights = np.full(len(jacobian), 1 / len(jacobian)) if preference is None else preference
+    projections = [
+        cone_projection(jacobian, weight * row)
+        for weight, row in zip(weights, jacobian, strict=True)
+    ]
+    return np.sum(projections, axis=0)
+
+
+def cagrad(jacobian, c):
+    """max_d min_i g_i . d over ||d - g_0|| <= c ||g_0||, by the dual of Liu et al. 2021.
+
+    sqrt(q) is the least (q / m + m) / 2 over m > 0: for fixed m, the dual asks for the point of
+    the convex hull that is nearest to a multiple of -g_0, and the right multiple is a root.
+    """
+    mean = jacobian.mean(axis=0)
+    radius = c * np.linalg.norm(mean)
+
+    def nearest(log_shift):
+        return nearest_to_zero(jacobian + np.exp(log_shift) * mean) - np.exp(log_shift) * mean
+
+    def excess(log_shift):
+        return np.log(np.linalg.norm(nearest(log_shift)) / radius + 1e-300) - log_shift
+
+    low, high = -25.0, 25.0
+    if excess(low) < 0:  # no direction helps all: the projection that hurts none
+        return cone_projection(jacobian, mean)
+    log_shift = scipy.optimize.brentq(excess, low, high, xtol=1e-13)
+    direction = nearest(log_shift)
+    return mean + radius * direction / np.linalg.norm(direction)
+
+
+def fair(jacobian, fairness, factors=None):
+    """G w = (p / w)^(1/a) by Newton's method with line search; NaN where there is no solution.
+
+    In the variables y_i = w_i ||g_i|| the matrix is that of cosines.
+    """
+    num_tasks = len(jacobian)
+    factors = np.ones(num_tasks) if factors is None else factors
+    norms = np.linalg.norm(jacobian, axis=1)
+    units = jacobian / norms[:, None]
+    if np.linalg.norm(nearest_to_zero(units)) < 1e-6:
+        return np.full(jacobian.shape[1], np.nan)
+    cosines = units @ units.T
+    # C y = (p n^(1-a) / y)^(1/a); the common unit is taken out of the loads
+    log_loads = np.log(factors) + (1 - fairness) * np.log(norms)
+    log_unit = log_loads.max() / (1 + fairness)
+    loads = np.exp(log_loads - (1 + fairness) * log_unit)
+    logs = np.log(loads) / (1 + fairness)
+
+    def gap(logs):  # in logarithms of y, where Newton's method needs no bounds
+        return cosines @ np.exp(logs) - (loads / np.exp(logs)) ** (1 / fairness)
+
+    def value(logs):
+        y = np.exp(logs)
+        power = 1 - 1 / fairness
+        gain = np.log(y) if fairness == 1 else y**power / power
+        return y @ cosines @ y / 2 - loads ** (1 / fairness) @ gain
+
+    for _ in range(2000):
+        y = np.exp(logs)
+        gradient = gap(logs)
+        curvature = (loads ** (1 / fairness)) / fairness * y ** (-1 / fairness - 1)
+        step = -np.linalg.solve(cosines + np.diag(curvature), gradient)
+        decrement = -gradient @ step
+        length = min(1.0, 0.9 / max(np.max(-step / y), 1e-9))
+        while value(np.log(y + length * step)) > value(logs) - 1e-4 * length * decrement:
+            length /= 2
+            if length < 1e-12:
+                break
+        logs = np.log(y + length * step)
+        if decrement < 1e-26 * (y @ cosines @ y):
+            break
+    return np.exp(logs + log_unit) @ units
+
+
+def pivrg_factors(scores, bound, min_temperature):
+    temperature = max((scores.max() - scores.min()) / np.log(bound), min_temperature)
+    shares = np.exp(scores / temperature)
+    return len(scores) * shares / shares.sum()
+
+
+def pcd(jacobian, primary, margin, scales):
+    """The least-distance problem of PCD by Lawson and Hanson's reduction to NNLS."""
+    scaled = jacobian / scales[:, None]
+    others = [i for i in range(len(jacobian)) if i != primary]
+    norms = np.linalg.norm(scaled[others], axis=1)
+    rows = scaled[others] / norms[:, None]
+    bounds = margin * norms - rows @ scaled[primary]
+    size = max(np.abs(bounds).max(initial=0), 1e-300)
+    system = np.concatenate([rows.T, bounds[None, :] / size])
+    target = np.zeros(len(system))
+    target[-1] = 1
+    step = np.zeros(jacobian.shape[1])
+    if others:
+        multipliers, _ = scipy.optimize.nnls(system, target, maxiter=10_000)
+        residual = system @ multipliers - target
+        if np.linalg.norm(residual) > 1e-7:  # else no direction meets the constraints
+            step = -size * residual[:-1] / residual[-1]
+    direction = scaled[primary] + step
+    return direction * np.linalg.norm(jacobian[primary]) / np.linalg.norm(direction)
+
+
+def geometric_median(jacobian):
+    """Newton's method on the sum of distances, or the gradient at which it is least."""
+    medians = []
+    for i, row in enumerate(jacobian):
+        away = np.delete(jacobian, i, axis=0) - row
+        lengths = np.linalg.norm(away, axis=1, keepdims=True)
+        if np.linalg.norm((away / lengths).sum(axis=0)) <= 1 + 1e-9:
+            medians.append(row)
+    if medians:  # all of them, if the median is not unique
+        return np.mean(medians, axis=0)
+
+    def total(point):
+        return np.linalg.norm(jacobian - point, axis=1).sum()
+
+    point = jacobian.mean(axis=0)
+    for _ in range(500):  # Weiszfeld's steps lead into the range of Newton's method
+        pull = 1 / np.linalg.norm(jacobian - point, axis=1)
+        point = pull @ jacobian / pull.sum()
+    for _ in range(50):
+        away = jacobian - point
+        lengths = np.linalg.norm(away, axis=1)
+        units = away / lengths[:, None]
+        gradient = -units.sum(axis=0)
+        hessian = np.eye(len(point)) * (1 / lengths).sum() - (units / lengths[:, None]).T @ units
+        step = -np.linalg.solve(hessian, gradient)
+        length = 1.0
+        while total(point + length * step) > total(point) + 1e-4 * length * (gradient @ step):
+            length /= 2
+            if length < 1e-14:
+                return point
+        point = point + length * step
+    return point

@@ -1,6 +1,6 @@
 """CR-MOGM: average the weights of another method over the steps."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def cr_mogm(
       >>> tx = surgery.cr_mogm(surgery.ntkmtl(), num_tasks=2)
       >>> task_grads = jnp.array([[3.0, 0.0], [0.0, 4.0]])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
-      >>> print(updates.round(3))
+      >>> print(jnp.array_str(updates, precision=3, suppress_small=True))
       [5. 5.]
 
     References:
@@ -84,6 +84,7 @@ def cr_mogm(
             task_mask=task_mask,
             gramian=gramian,
         )
+        weights = cast(jax.Array, weights)
         averages = jnp.where(state.seen, decay * state.weights + (1 - decay) * weights, weights)
         averages = jnp.where(task_mask, averages, state.weights)
         return averages, CRMOGMState(averages, state.seen | task_mask, inner_state)

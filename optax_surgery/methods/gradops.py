@@ -64,7 +64,7 @@ def gradops(preference: jax.Array | None = None) -> optax.GradientTransformation
       >>> tx = surgery.gradops()
       >>> task_grads = jnp.array([[1.0, 0.0], [-1.0, 1.0]])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
-      >>> print(updates.round(3))
+      >>> print(jnp.array_str(updates, precision=3, suppress_small=True))
       [0.5 1.5]
 
     References:

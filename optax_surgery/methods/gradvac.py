@@ -114,7 +114,7 @@ def gradvac(
       >>> tx = surgery.gradvac(num_tasks=2)
       >>> task_grads = jnp.array([[1.0, 0.0], [-1.0, 1.0]])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
-      >>> print(updates.round(3))
+      >>> print(jnp.array_str(updates, precision=3, suppress_small=True))
       [0.5 1.5]
 
     References:

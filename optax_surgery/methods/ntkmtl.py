@@ -37,7 +37,7 @@ def ntkmtl(exponent: float = 0.5) -> optax.GradientTransformationExtraArgs:
       >>> tx = surgery.ntkmtl()
       >>> task_grads = jnp.array([[3.0, 0.0], [0.0, 4.0]])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
-      >>> print(updates.round(3))
+      >>> print(jnp.array_str(updates, precision=3, suppress_small=True))
       [5. 5.]
 
     References:

@@ -1,0 +1,568 @@
+"""Solvers: the convex problems of T variables that several methods share.
+
+Each takes a (T, T) Gramian and returns a `Solution`, whose `converged` and `residual` say
+how far it can be trusted. There are three algorithms, and all begin alike: the Gramian is
+divided by the norms of the task gradients, so that a matrix of cosines is left. That costs
+nothing, as x >= 0 means the same for rescaled variables, and it takes out row norms that
+are spread over many orders of magnitude.
+
+- A primal-dual interior point method for a convex quadratic over the nonnegative orthant,
+  cut by at most one plane: the min-norm point, the projection on the dual cone. It takes
+  7 to 20 Cholesky factorisations, whatever the condition number.
+- CAGrad's problem is a one-parameter family of such quadratics. Between changes of the
+  active set the solution is linear in the parameter, so that 2 to 6 of them suffice.
+- The fairness equations of Nash-MTL, FairGrad and PIVRG are the minimum of a smooth convex
+  function, to which Newton's method goes in 5 to 20 steps.
+
+`optax.nnls` solves the same quadratics by projected gradients. OPTAX_NNLS_NOTE
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+from jax import lax
+
+_MAX_NEWTON_STEPS = 50
+_MAX_PATH_STEPS = 20
+
+
+class SolverReport(NamedTuple):
+    """What a method keeps of its last solve in its state.
+
+    Attributes:
+      converged: () bool.
+      residual: () float32, see `Solution`.
+    """
+
+    converged: jax.Array
+    residual: jax.Array
+
+
+class Solution(NamedTuple):
+    """What a solver found, and how good it is.
+
+    Attributes:
+      weights: (T,), zero for masked tasks.
+      converged: () bool, whether the residual is below 8 sqrt(eps) of the dtype, which is
+        3e-3 in float32 and 1e-7 in float64. Where it is not, the weights are the last
+        iterate, not a substitute.
+      residual: () the largest violation of an optimality condition, without a unit: it does
+        not change if a task gradient, or all of them, are multiplied by a positive number.
+        The error of the objective is of second order in it. NaN if the Gramian has a NaN.
+    """
+
+    weights: jax.Array
+    converged: jax.Array
+    residual: jax.Array
+
+    def report(self) -> SolverReport:
+        """The worst of what may be a batch of solutions, for a method's state."""
+        return SolverReport(
+            converged=jnp.all(self.converged),
+            residual=jnp.max(self.residual).astype(jnp.float32),
+        )
+
+
+def initial_report() -> SolverReport:
+    """The report of a method that has solved nothing yet."""
+    return SolverReport(converged=jnp.ones((), bool), residual=jnp.zeros((), jnp.float32))
+
+
+def min_norm_point(gramian: jax.Array, task_mask: jax.Array) -> Solution:
+    r"""The shortest vector in the convex hull of the task gradients.
+
+    .. math:: \min_w w^\top G w \quad \text{over} \quad w \ge 0,\ \textstyle\sum_i w_i = 1
+
+    Where several weights give that vector (duplicate tasks, say), they are shared between
+    the tasks.
+
+    Args:
+      gramian: (T, T) inner products of the task gradients.
+      task_mask: (T,) bool, False for tasks to leave out.
+
+    Returns:
+      A `Solution` whose weights sum to 1. Its residual is the largest
+      :math:`(d \cdot d - g_i \cdot d) / (\|g_i\| \|d\|)`: how much nearer to zero one could
+      get by going towards task i, as a cosine. Where d vanishes, its length is counted as
+      sqrt(eps) of the gradients it is made of.
+
+    References:
+      Desideri, `Multiple-gradient descent algorithm
+      <https://hal.inria.fr/inria-00389811>`_, 2009; Sener and Koltun, `Multi-Task Learning
+      as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018.
+    """
+    tasks = _scale(gramian, task_mask)
+    solved = _interior_point(tasks.cosines, jnp.zeros_like(tasks.norms), task_mask, tasks.simplex)
+    x = solved.x / _or_one(_inner(tasks.simplex, solved.x))
+
+    image = _dot(tasks.cosines, x)
+    squared_length = _inner(x, image)
+    eps = jnp.finfo(gramian.dtype).eps
+    length = jnp.sqrt(jnp.maximum(squared_length, 0) + eps * jnp.sum(x) ** 2)
+    violation = jnp.where(task_mask, squared_length * tasks.simplex - image, 0)
+    return _solution(tasks.simplex * x, jnp.max(violation) / _or_one(length))
+
+
+def nonnegative_quadratic(
+    quadratic: jax.Array, linear: jax.Array, task_mask: jax.Array
+) -> Solution:
+    r"""The minimum of a convex quadratic over nonnegative variables.
+
+    .. math:: \min_x \tfrac12 x^\top Q x + q^\top x \quad \text{over} \quad x \ge 0
+
+    It projects on a polyhedron: the shortest e with :math:`g_i \cdot e \ge h_i` for all i is
+    :math:`J^\top x` for :math:`Q = J J^\top, q = -h`. If there is no such e, the quadratic
+    has no lower bound, and the solution has not converged.
+
+    Args:
+      quadratic: (T, T) Q, positive semidefinite.
+      linear: (T,) q. A variable whose row of Q is zero stays at zero, whatever q is.
+      task_mask: (T,) bool, False for variables to hold at zero.
+
+    Returns:
+      A `Solution` with x as its weights. Its residual is the largest of the negative slopes
+      :math:`-(Qx + q)_i / (\sqrt{Q_{ii}} s)` and of the duality gap
+      :math:`|x^\top (Qx + q)| / s^2`, where s is the larger of :math:`\sqrt{x^\top Q x}`
+      and of the :math:`|q_i| / \sqrt{Q_{ii}}`.
+
+    References:
+      Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23, for the projection.
+    """
+    tasks = _scale(quadratic, task_mask)
+    x, residual = _nonnegative(tasks.cosines, linear / tasks.norms, tasks.nonzero, 0.0)
+    return _solution(x / tasks.norms, residual)
+
+
+def dual_cone_projection(
+    gramian: jax.Array, preference: jax.Array, task_mask: jax.Array
+) -> Solution:
+    r"""Weights of the vector nearest to :math:`J^\top p` that conflicts with no task.
+
+    .. math:: \min_v v^\top G v \quad \text{over} \quad v \ge p
+
+    At the minimum :math:`J J^\top v \ge 0`: the vector lies in the dual cone of the task
+    gradients. `jax.vmap(dual_cone_projection, in_axes=(None, 0, None))` projects several.
+
+    Args:
+      gramian: (T, T) inner products of the task gradients.
+      preference: (T,) p, the weights of the vector to project.
+      task_mask: (T,) bool, False for tasks to leave out.
+
+    Returns:
+      A `Solution` with v as its weights. Its residual is that of `nonnegative_quadratic`
+      for v - p, so that lengths count relative to :math:`\|J^\top (v - p)\|`, by which the
+      projection moves the vector.
+
+    References:
+      Lopez-Paz and Ranzato, `Gradient Episodic Memory
+      <https://arxiv.org/abs/1706.08840>`_, NeurIPS 2017, equation 11; Quinton and Rey,
+      `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024.
+    """
+    tasks = _scale(gramian, task_mask)
+    start, unit = _scaled_weights(preference, tasks)
+    # Where J^T p vanishes but for rounding, there is nothing to project.
+    rounding = 16 * jnp.finfo(gramian.dtype).eps * jnp.sum(jnp.abs(start))
+    x, residual = _nonnegative(tasks.cosines, _dot(tasks.cosines, start), tasks.nonzero, rounding)
+    return _solution(jnp.where(task_mask, preference, 0) + x * unit / tasks.norms, residual)
+
+
+def cagrad_dual(
+    gramian: jax.Array, mean_weights: jax.Array, c: jax.Array | float, task_mask: jax.Array
+) -> Solution:
+    r"""How far CAGrad departs from the mean gradient :math:`g_0 = J^\top w_0`.
+
+    The paper minimises over the simplex
+
+    .. math:: F(w) = w^\top G w_0 + c\, \|g_0\| \sqrt{w^\top G w}
+
+    and updates with :math:`g_0 + c \|g_0\| J^\top w / \|J^\top w\|`. Here the last factor is
+    part of the solution, :math:`x = c \|g_0\| w / \|J^\top w\|`, for two reasons: the update
+    is :math:`J^\top (w_0 + x)` without a division, and x exists where :math:`J^\top w = 0`,
+    which a task without a gradient is enough for. There the update is, of all that reach the
+    optimum :math:`\max_d \min_i g_i \cdot d = 0`, the one nearest to :math:`g_0`.
+
+    For s > 0 let w(s) minimise :math:`\tfrac12 w^\top G w + s\, w^\top G w_0` over the
+    simplex. It is the minimiser of F where :math:`\|J^\top w(s)\| = s c \|g_0\|`, and the
+    ratio of the two sides falls with s. While the active set stays, w(s) is linear in s and
+    its squared length is a + b s^2, which gives the next s in closed form.
+
+    Args:
+      gramian: (T, T) inner products of the task gradients.
+      mean_weights: (T,) w_0, in the paper 1/T each.
+      c: radius of the ball around g_0, relative to its norm; at least 0.
+      task_mask: (T,) bool, False for tasks to leave out.
+
+    Returns:
+      A `Solution` with x as its weights; w is x / sum(x). With the update d and the level
+      :math:`\nu = \min_i g_i \cdot d`, its residual is the largest of the deviations of
+      :math:`\|J^\top x\|` from :math:`c \|g_0\|`, relative to it, and of those from the
+      optimality conditions :math:`g_i \cdot d \ge \nu, x_i (g_i \cdot d - \nu) = 0`,
+      relative to :math:`\|g_i\| \|g_0\|`.
+
+    References:
+      Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
+      <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021, equation 3 and Algorithm 1.
+    """
+    tasks = _scale(gramian, task_mask)
+    eps = jnp.finfo(gramian.dtype).eps
+    start, unit = _scaled_weights(mean_weights, tasks)
+    image = _dot(tasks.cosines, start)
+    squared_norm = _inner(start, image)
+    # A mean gradient below the rounding errors of the Gramian is none, and has no ball.
+    has_ball = ~(squared_norm <= eps * jnp.sum(jnp.abs(start)) ** 2) & (jnp.asarray(c) > 0)
+    norm = jnp.sqrt(jnp.where(has_ball, squared_norm, 1))
+    radius = jnp.where(has_ball, c, 1).astype(gramian.dtype)
+    cosines_to_mean = image / norm
+
+    x, on_floor = _cagrad_path(tasks, cosines_to_mean, task_mask, radius)
+    # On the floor s vanishes, and with it J^T w: a combination of gradients is zero, so that
+    # no level above zero can be reached. The nearest update of level zero is a projection.
+    rounding = 16 * eps * jnp.sum(jnp.abs(start)) / norm
+    floor_x, _ = _nonnegative(tasks.cosines, cosines_to_mean, tasks.nonzero, rounding)
+    on_floor = on_floor & (_length(tasks.cosines, floor_x) <= radius)
+    x = jnp.where(on_floor, floor_x, x)
+
+    alignment = _dot(tasks.cosines, x) + cosines_to_mean
+    level = jnp.where(on_floor, 0, _inner(x, alignment) / _or_one(_inner(tasks.simplex, x)))
+    excess = jnp.where(task_mask, alignment - level * tasks.simplex, 0)
+    length = _length(tasks.cosines, x) / radius - 1
+    residual = jnp.maximum(
+        jnp.maximum(-jnp.min(excess), jnp.abs(_inner(x, excess)) / radius),
+        jnp.where(on_floor, jnp.maximum(length, 0), jnp.abs(length)),
+    )
+    return _solution(
+        jnp.where(has_ball, x * norm * unit / tasks.norms, 0), jnp.where(has_ball, residual, 0)
+    )
+
+
+def fair_weights(
+    gramian: jax.Array,
+    fairness: jax.Array | float,
+    task_mask: jax.Array,
+    factors: jax.Array | None = None,
+) -> Solution:
+    r"""Weights under which the gains of the tasks are fair.
+
+    .. math:: (G w)_i = (p_i / w_i)^{1/a}, \qquad w > 0
+
+    It is Nash-MTL's equation for a = 1 and p = 1, FairGrad's for p = 1, PIVRG's for a = 2. The
+    solution is the minimum of the convex function :math:`\tfrac12 w^\top G w - \sum_i
+    p_i^{1/a} w_i^{1-1/a} / (1 - 1/a)` (the power becomes a logarithm for a = 1). There is
+    none where some combination of the gradients with weights :math:`\ge 0` vanishes, as at a
+    Pareto stationary point: the weights of those tasks grow without bound, the residual stays
+    near 1, and the weights returned are those with the least residual that came by.
+
+    Newton's method gets there in 5 to 20 steps. In float32 the rounding of the Gramian alone
+    moves the minimum by about 1e-3 of the objective where the condition number is 1e6 and the
+    gradients conflict so strongly that they nearly cancel.
+
+    Args:
+      gramian: (T, T) inner products of the task gradients.
+      fairness: a > 0, FairGrad's alpha.
+      task_mask: (T,) bool, False for tasks to leave out.
+      factors: (T,) p > 0, or None for 1. Those of masked tasks may be anything.
+
+    Returns:
+      A `Solution`. Its residual is the Newton decrement over the root of
+      :math:`w^\top G w`; half its square is the error of the function above relative to
+      :math:`w^\top G w`. It counts as converged below 3 eps^(1/3), 0.015 in float32 and 2e-5
+      in float64. A task without a gradient has weight 0 and makes the residual at least 1.
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game
+      <https://arxiv.org/abs/2202.01017>`_, ICML 2022, claim 3.1; Ban and Ji, `Fair Resource
+      Allocation in Multi-Task Learning <https://arxiv.org/abs/2402.15638>`_, ICML 2024.
+    """
+    tasks = _scale(gramian, task_mask)
+    active = tasks.nonzero
+    log_norms = jnp.log(tasks.norms)
+    # w_i = y_i unit / norm_i turns G into cosines; the unit makes the largest first y one.
+    log_load = (1 - fairness) * log_norms
+    if factors is not None:
+        log_load = log_load + jnp.log(jnp.where(active, factors, 1))
+    log_start = log_load / (1 + fairness)
+    log_unit = jnp.max(jnp.where(active, log_start, -jnp.inf), initial=-jnp.inf)
+    log_unit = jnp.where(jnp.any(active), log_unit, 0)
+    log_start = jnp.where(active, log_start - log_unit, 0).astype(gramian.dtype)
+
+    y, residual = _fair_point(tasks.cosines, log_start, fairness, active)
+    weights = jnp.where(active, jnp.exp(jnp.log(y) + log_unit - log_norms), 0)
+    missing = jnp.any(task_mask & ~active)
+    residual = jnp.where(missing, jnp.maximum(residual, 1), residual)
+    return Solution(weights, residual <= _fair_tolerance(gramian.dtype), residual)
+
+
+class _Tasks(NamedTuple):
+    """The Gramian, factored into cosines and norms.
+
+    Attributes:
+      cosines: (T, T), zero for masked tasks and for those without a gradient.
+      norms: (T,) positive. Tasks without a gradient pass for the shortest of the others.
+      nonzero: (T,) bool, the tasks that take part and have a gradient.
+      simplex: (T,) what a scaled weight counts for, w_i = simplex_i x_i, relative to the
+        shortest gradient; zero for masked tasks.
+    """
+
+    cosines: jax.Array
+    norms: jax.Array
+    nonzero: jax.Array
+    simplex: jax.Array
+
+
+class _Solved(NamedTuple):
+    """Where the interior point method stopped.
+
+    Attributes:
+      x: (T,) the variables, zero where not active.
+      curvature: (T,) slack_i / x_i, damped: nearly zero for variables that are free, huge for those
+        at their bound, 1 where not active.
+    """
+
+    x: jax.Array
+    curvature: jax.Array
+
+
+def _scale(gramian: jax.Array, task_mask: jax.Array) -> _Tasks:
+    squared_norms = jnp.where(task_mask, jnp.diagonal(gramian), 0)
+    nonzero = squared_norms != 0  # a NaN is not zero, and goes through to the residual
+    norms = jnp.sqrt(jnp.where(nonzero, squared_norms, 1))
+    shortest = jnp.min(jnp.where(nonzero, norms, jnp.inf), initial=jnp.inf)
+    shortest = jnp.where(jnp.any(nonzero), shortest, 1)
+    norms = jnp.where(nonzero, norms, shortest)
+    pairs = nonzero[:, None] & nonzero[None, :]
+    cosines = jnp.where(pairs, gramian, 0) / norms[:, None] / norms[None, :]
+    return _Tasks(cosines, norms, nonzero, jnp.where(task_mask, shortest / norms, 0))
+
+
+def _scaled_weights(weights: jax.Array, tasks: _Tasks) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of J^T weights in unit gradients, and the unit they are measured in."""
+    scaled = jnp.where(tasks.nonzero, tasks.norms * weights, 0)
+    unit = _or_one(jnp.max(jnp.abs(scaled)))
+    return scaled / unit, unit
+
+
+def _nonnegative(
+    quadratic: jax.Array, linear: jax.Array, active: jax.Array, rounding: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """Minimises 1/2 x'Qx + q'x over x >= 0, for Q with a unit diagonal; x and its residual.
+
+    `rounding` is the size of q at which it is not told from zero.
+    """
+    linear = jnp.where(active, linear, 0)
+    unit = _or_one(jnp.maximum(jnp.max(jnp.abs(linear)), rounding))
+    linear = linear / unit
+    x = _interior_point(quadratic, linear, active, jnp.zeros_like(linear)).x
+    image = _dot(quadratic, x)
+    slope = jnp.where(active, image + linear, 0)
+    # less what may be rounding: an x without bound must not make itself look small
+    rounding = 4 * jnp.finfo(x.dtype).eps * jnp.sum(x) ** 2
+    squared_size = jnp.maximum(_inner(x, image) - rounding, 1)
+    residual = jnp.maximum(
+        -jnp.min(slope) / jnp.sqrt(squared_size), jnp.abs(_inner(x, slope)) / squared_size
+    )
+    return x * unit, residual
+
+
+def _interior_point(
+    quadratic: jax.Array, linear: jax.Array, active: jax.Array, normal: jax.Array
+) -> _Solved:
+    """Minimises 1/2 x'Qx + q'x over x >= 0 and, unless the normal n is zero, n'x = 1.
+
+    Mehrotra's predictor-corrector method from an infeasible start. With slacks z, Newton's
+    method is applied to Qx + q - multiplier n = z, n'x = 1 and x_i z_i = mu, where mu falls.
+
+    Singular Q and solution sets without bound are part of the job. The factored matrix is
+    damped at the level of rounding, which leaves fixed points where they are. Once x z and
+    the equation for z are down to rounding errors, iterates along a null direction are a
+    random walk: the loop ends when x grows, or three times when mu no longer falls.
+    """
+    dtype = quadratic.dtype
+    eps = jnp.finfo(dtype).eps
+    least = jnp.finfo(dtype).tiny ** 0.5
+    mask = active.astype(dtype)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    scale = jnp.maximum(1, jnp.max(jnp.abs(linear)))
+    damping = 2 * eps * jnp.sqrt(count)
+
+    def step(state):
+        x, slack, multiplier, mu, stalls, reach, _, num_steps = state
+        gap = mask * (_dot(quadratic, x) + linear - multiplier * normal - slack)
+        solve = _newton_matrix(quadratic, slack / x + damping)
+        affine, column = solve(jnp.stack([-mask * (gap + slack), normal], axis=1)).T
+        slope = _or_one(_inner(normal, column))
+
+        def direction(dx, centring):
+            shift = (1 - _inner(normal, x + dx)) / slope
+            dx = dx + shift * column
+            return dx, -mask * (slack + slack / x * dx + centring), shift
+
+        dx, dslack, _ = direction(affine, 0)
+        length = _longest_step(dx / x, dslack / slack, 0.99)
+        affine_mu = _inner(mask * (x + length * dx), slack + length * dslack) / count
+        target = jnp.minimum((affine_mu / mu) ** 3, 1) * mu
+        centring = mask * (dx * dslack - target) / x
+        dx, dslack, shift = direction(affine - solve(centring), centring)
+        length = _longest_step(dx / x, dslack / slack, 0.99)
+        new_x = jnp.maximum(x + length * dx, least)
+        new_slack = jnp.maximum(slack + length * dslack, least)
+        new_mu = _inner(mask * new_x, new_slack) / count
+
+        total = _inner(mask, x)
+        rounding = 8 * eps * (scale + total)
+        settled = (jnp.max(jnp.abs(gap)) <= rounding) & (count * mu <= rounding * jnp.max(x))
+        stalls = stalls + (settled & (new_mu > mu / 2))
+        reach = jnp.where(settled, jnp.minimum(reach, total), jnp.inf)
+        goes_on = jnp.isfinite(new_mu) & (stalls < 3) & (_inner(mask, new_x) <= 4 * reach)
+        new = (new_x, new_slack, multiplier + length * shift, new_mu)
+        old = (x, slack, multiplier, mu)
+        kept = [jnp.where(goes_on, after, before) for after, before in zip(new, old, strict=True)]
+        return *kept, stalls, reach, goes_on, num_steps + 1
+
+    def unfinished(state):
+        mu, goes_on, num_steps = state[3], state[6], state[7]
+        return goes_on & (mu > scale * eps**2) & (num_steps < _MAX_NEWTON_STEPS)
+
+    x = jnp.full(mask.shape, 1 / _or_one(jnp.sum(normal)), dtype)
+    slack = jnp.full(mask.shape, scale, dtype)
+    mu = _inner(mask * x, slack) / count
+    zero, infinity, none = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype), jnp.int32(0)
+    state = (x, slack, zero, mu, none, infinity, jnp.any(active), none)
+    x, slack = lax.while_loop(unfinished, step, state)[:2]
+    return _Solved(mask * x, jnp.where(active, slack / x + damping, 1))
+
+
+def _cagrad_path(
+    tasks: _Tasks, cosines_to_mean: jax.Array, active: jax.Array, radius: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Follows w(s) of `cagrad_dual` to the s where its length is s times the radius.
+
+    Returns:
+      x = w(s) / s, and whether the search ended on the floor: the root is where w(s) is
+      shorter than sqrt(eps) of the shortest gradient, and no longer told from zero.
+    """
+    cosines, simplex = tasks.cosines, tasks.simplex
+    eps = float(jnp.finfo(cosines.dtype).eps)
+    floor = math.log(eps**0.5) - jnp.log(radius)
+
+    def step(state):
+        log_s, low, high, _, _, num_steps = state
+        s = jnp.exp(log_s)
+        solved = _interior_point(cosines, s * cosines_to_mean, active, simplex)
+        solve = _newton_matrix(cosines, solved.curvature)
+        column, pull = solve(jnp.stack([simplex, cosines_to_mean], axis=1)).T
+        slope = column * _inner(simplex, pull) / _or_one(_inner(simplex, column)) - pull
+        base = solved.x - s * slope  # w(s) is base + s slope
+
+        squared_length = jnp.maximum(_inner(solved.x, _dot(cosines, solved.x)), eps**2)
+        excess = jnp.log(squared_length) / 2 - log_s - jnp.log(radius)
+        base_length = jnp.maximum(_inner(base, _dot(cosines, base)), eps**2)
+        room = radius**2 - _inner(slope, _dot(cosines, slope))
+        root = jnp.log(base_length / jnp.where(room > 0, room, 1)) / 2
+        # without room the length outgrows s radius on this face: the root is at a larger s
+        root = jnp.where(room > 0, root, log_s + 3)
+        rounding = 4 * eps * jnp.sum(tasks.nonzero * solved.x) ** 2 / squared_length
+        exact = jnp.abs(excess) <= jnp.minimum(rounding, _tolerance(cosines.dtype) / 2)
+        root = jnp.where(exact | jnp.isnan(root), log_s, root)
+
+        low = jnp.where(excess > 0, log_s, low)
+        high = jnp.where(excess > 0, high, log_s)
+        found = jnp.abs(root - log_s) <= 1e-4
+        inside = (low < root) & (root < high)
+        middle = (jnp.maximum(low, log_s - 6) + jnp.minimum(high, log_s + 6)) / 2
+        goal = jnp.where(found | inside, jnp.clip(root, log_s - 3, log_s + 3), middle)
+        goal = jnp.maximum(goal, floor)
+        x = jnp.where(found, jnp.maximum(base / jnp.exp(goal) + slope, 0), solved.x / s)
+        return goal, low, high, x, jnp.abs(goal - log_s), num_steps + 1
+
+    def unfinished(state):
+        return (state[4] > 1e-4) & (state[5] < _MAX_PATH_STEPS)
+
+    infinity = jnp.full((), jnp.inf, cosines.dtype)
+    # at the largest s, w(s) is the mean's own weights if no task conflicts with it
+    state = (-jnp.log(radius), -infinity, infinity, jnp.zeros_like(simplex), infinity, 0)
+    goal, _, _, x, _, _ = lax.while_loop(unfinished, step, state)
+    return x, goal <= floor
+
+
+def _fair_point(
+    cosines: jax.Array, log_start: jax.Array, fairness: jax.Array | float, active: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Solves log y + a log(Cy) = (1 + a) log_start for y; returns y and its residual.
+
+    Newton's method on the convex function of `fair_weights`, from the solution for C = 1. No
+    variable loses more than nine tenths of its value in a step.
+    """
+    dtype = cosines.dtype
+    eps = jnp.finfo(dtype).eps
+    mask = active.astype(dtype)
+    log_load = (1 + fairness) * log_start
+
+    def step(state):
+        y, previous, best_y, least, _, num_steps = state
+        fair_gains = jnp.exp((log_load - jnp.log(y)) / fairness)
+        gradient = mask * (_dot(cosines, y) - fair_gains)
+        descent = -_newton_matrix(cosines, fair_gains / (fairness * y))(gradient)
+        size = _or_one(_inner(mask * y, fair_gains))
+        residual = jnp.sqrt(jnp.maximum(-_inner(gradient, descent), 0) / size)
+
+        best_y = jnp.where(residual < least, y, best_y)
+        least = jnp.where(residual < least, residual, least)
+        at_rounding = (residual <= _tolerance(dtype)) & (residual > previous / 2)
+        goes_on = jnp.isfinite(residual) & (residual > 4 * eps) & ~at_rounding
+        return jnp.maximum(y + descent, y / 10), residual, best_y, least, goes_on, num_steps + 1
+
+    def unfinished(state):
+        return state[4] & (state[5] < _MAX_NEWTON_STEPS)
+
+    start = jnp.exp(log_start)
+    infinity = jnp.full((), jnp.inf, dtype)
+    state = (start, infinity, start, infinity, jnp.bool_(True), 0)
+    _, _, y, residual, _, _ = lax.while_loop(unfinished, step, state)
+    return y, residual
+
+
+def _newton_matrix(quadratic: jax.Array, curvature: jax.Array):
+    """Factors Q + diag(curvature); returns its solver."""
+    factor = jnp.linalg.cholesky(quadratic + jnp.diag(curvature), symmetrize_input=False)
+    return lambda right_side: jax.scipy.linalg.cho_solve((factor, True), right_side)
+
+
+def _longest_step(dx: jax.Array, dy: jax.Array, fraction: float) -> jax.Array:
+    """The step, at most 1, that goes this fraction of the way to zero of x or y.
+
+    `dx` and `dy` are relative to x and y.
+    """
+    return fraction / jnp.maximum(jnp.max(jnp.maximum(-dx, -dy)), fraction)
+
+
+def _solution(weights: jax.Array, residual: jax.Array) -> Solution:
+    return Solution(weights, residual <= _tolerance(weights.dtype), residual)
+
+
+def _tolerance(dtype: jnp.dtype) -> float:
+    return 8 * float(jnp.finfo(dtype).eps) ** 0.5
+
+
+def _fair_tolerance(dtype: jnp.dtype) -> float:
+    return 3 * float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+
+
+def _inner(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.sum(left * right)
+
+
+def _length(gramian: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(_inner(weights, _dot(gramian, weights)), 0))
+
+
+def _or_one(number: jax.Array) -> jax.Array:
+    """A divisor: 1 in the place of 0."""
+    return jnp.where(number == 0, 1, number)
