@@ -267,7 +267,7 @@ def with_gramian(
         gramian = needed(method, gramian=gramian)
         return tx.update(task_updates, state, params, gramian=gramian, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)  # pyright: ignore[reportArgumentType]
 
 
 def masked_task_updates(

@@ -5,6 +5,7 @@ precision. Everything else sees a (T, T) matrix and T weights.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,7 +110,6 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
     return _scaled_gramian(task_updates, task_updates if other is None else other, 1.0)
 
 
-@jax.jit
 def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
     """The Gramian, with its scale changed where squares would not fit the dtype.
 
@@ -117,6 +117,15 @@ def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
     such gradients is gathered once more, from the gradients times a power of two.
     The ratios that weights are made of are then right; where the Gramian was in
     range, it is returned as it is and the stack is read only once.
+    """
+    return gramian_and_scale(task_updates)[0]
+
+
+@jax.jit
+def gramian_and_scale(task_updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
+    """`gramian_in_range`, and the power of two that it has multiplied the gradients by.
+
+    For the rules that depend on the common scale of the gradients.
     """
     plain = gramian(task_updates)
     info = jnp.finfo(plain.dtype)
@@ -128,11 +137,13 @@ def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
     shift = 2.0 ** (info.maxexp * 5 // 8)
     peak = jnp.max(jnp.diagonal(plain))
     scale = jnp.where(peak < least, shift, 1.0 / shift).astype(plain.dtype)
-    return lax.cond(
-        (peak >= least) & (peak <= largest),
+    in_range = (peak >= least) & (peak <= largest)
+    found = lax.cond(
+        in_range,
         lambda: plain,
         lambda: _scaled_gramian(task_updates, task_updates, scale),
     )
+    return found, jnp.where(in_range, 1, scale)
 
 
 def gramian_dtype(tree: Any) -> jnp.dtype:
@@ -183,10 +194,143 @@ def mask_tasks(task_mask: jax.Array, task_updates: optax.Updates) -> optax.Updat
     """Puts zeros in the place of masked gradients, whatever stood there."""
 
     def mask_leaf(leaf):
-        row_mask = lax.broadcast_in_dim(task_mask, jnp.shape(leaf), (0,))
-        return jnp.where(row_mask, leaf, jnp.zeros_like(leaf))
+        return jnp.where(along_tasks(task_mask, leaf), leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(mask_leaf, task_updates)
+
+
+def along_tasks(numbers: jax.Array, rows: jax.Array) -> jax.Array:
+    """One number per task, of shape (T, 1, ..., 1) to go with a leaf (T, *shape)."""
+    return lax.expand_dims(numbers, range(1, jnp.ndim(rows)))
+
+
+def map_rows(
+    rule: Callable[..., jax.Array], task_updates: optax.Updates, *, key: jax.Array, **kwargs: Any
+) -> optax.Updates:
+    """Applies a rule to the (T, *shape) gradients of each leaf, in float32 at least.
+
+    The key that the rule gets differs from leaf to leaf: the number of the leaf is folded in.
+    """
+    leaves, structure = jax.tree.flatten(task_updates)
+    results = [
+        rule(leaf.astype(gramian_dtype(leaf)), key=jax.random.fold_in(key, number), **kwargs)
+        for number, leaf in enumerate(map(jnp.asarray, leaves))
+    ]
+    return jax.tree.unflatten(structure, results)
+
+
+def zeros_per_task(params: optax.Params, num_tasks: int) -> optax.Updates:
+    """Zeros of shape (num_tasks, *param.shape), in float32 at least, where the parameters lie."""
+    return jax.tree.map(
+        lambda leaf: lax.broadcast(jnp.zeros_like(leaf, gramian_dtype(leaf)), (num_tasks,)), params
+    )
+
+
+def scale_tasks(factors: jax.Array, task_updates: optax.Updates) -> optax.Updates:
+    """The gradient of each task times its factor, in float32 at least."""
+
+    def scale_leaf(leaf):
+        rows = jnp.asarray(leaf).astype(gramian_dtype(leaf))
+        return rows * along_tasks(factors.astype(rows.dtype), rows)
+
+    return jax.tree.map(scale_leaf, task_updates)
+
+
+def move_tasks(
+    rates: jax.Array, averages: optax.Updates, task_updates: optax.Updates
+) -> optax.Updates:
+    """Moves the average of each task towards its gradient by its rate, a share of the way.
+
+    A task whose rate is zero keeps its average to the bit.
+    """
+
+    def move_leaf(average, leaf):
+        rate = along_tasks(rates.astype(average.dtype), average)
+        moved = average + rate * (jnp.asarray(leaf).astype(average.dtype) - average)
+        return jnp.where(rate > 0, moved, average)
+
+    return jax.tree.map(move_leaf, averages, task_updates)
+
+
+def sum_coordinates(tree: optax.Updates) -> jax.Array:
+    """The sum over all coordinates of leaves (T, *shape), for each task."""
+    sums = jax.tree.map(lambda rows: jnp.sum(rows, axis=tuple(range(1, rows.ndim))), tree)
+    return jax.tree.reduce(jnp.add, sums)
+
+
+def middle_mean(rows: jax.Array, num_trimmed: int, task_mask: jax.Array) -> jax.Array:
+    """For each coordinate the mean over tasks without the largest and the least values.
+
+    Args:
+      rows: (T, *shape) gradients of one leaf.
+      num_trimmed: how many are left out on either side, fewer if less than one were left.
+      task_mask: (T,) bool, at least one True; the others are left out of account.
+
+    Returns:
+      (*shape) means.
+    """
+    num_active = jnp.sum(task_mask)
+    first = jnp.minimum(num_trimmed, (num_active - 1) // 2)
+    num_kept = num_active - 2 * first
+    # Those without a task come last.
+    ordered = jnp.sort(jnp.where(along_tasks(task_mask, rows), rows, jnp.inf), axis=0)
+    ranks = jnp.arange(task_mask.size)
+    kept = (ranks >= first) & (ranks < first + num_kept)
+    total = jnp.sum(jnp.where(along_tasks(kept, rows), ordered, 0), axis=0)
+    return total / num_kept.astype(rows.dtype)
+
+
+def stack_losses(losses: Any) -> jax.Array:
+    """Losses of shape (T,) from an array of that shape or from a tree of scalars."""
+    leaves = jax.tree.leaves(losses)
+    if len(leaves) == 1 and jnp.ndim(leaves[0]) == 1:
+        stacked = jnp.asarray(leaves[0])
+    else:
+        for path, leaf in jax.tree.leaves_with_path(losses):
+            if jnp.ndim(leaf) or jax.tree.structure(losses) == jax.tree.structure(0):
+                raise ValueError(
+                    "Expected losses of shape (T,) or a tree of scalar losses, got shape "
+                    f"{jnp.shape(leaf)} at '{leaf_path(path)}'. Return one loss per task: "
+                    "`jnp.stack([first_loss, second_loss])`."
+                )
+        stacked = jnp.stack(leaves)
+    if not jnp.issubdtype(stacked.dtype, jnp.floating):
+        raise ValueError(
+            f"Expected floating-point losses, got {stacked.dtype} at 'losses'. "
+            "Return the losses before they are rounded or compared."
+        )
+    return stacked
+
+
+def path_mask(chosen: Any, tree: Any) -> list[bool]:
+    """Which leaves are chosen: by a tree of booleans, a function of their path, or all by None."""
+    paths = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    if chosen is None:
+        return [True] * len(paths)
+    if callable(chosen):
+        mask = [bool(chosen(path)) for path in paths]
+    else:
+        mask = jax.tree.leaves(jax.tree.broadcast(chosen, tree))
+    if not any(mask):
+        raise ValueError(
+            f"Expected a group that holds a leaf, got none of {paths} at 'shared'. "
+            "Choose leaves by their paths as they stand in this list."
+        )
+    return mask
+
+
+def split(mask: list[bool], tree: Any) -> tuple[list[Any], list[Any]]:
+    """The leaves of a tree that are chosen, and the others."""
+    leaves = jax.tree.leaves(tree)
+    chosen = [leaf for leaf, take in zip(leaves, mask, strict=True) if take]
+    return chosen, [leaf for leaf, take in zip(leaves, mask, strict=True) if not take]
+
+
+def merge(mask: list[bool], chosen: list[Any], others: list[Any], like: Any) -> Any:
+    """The tree that `split` took apart, with the structure of `like`."""
+    chosen_leaves, other_leaves = iter(chosen), iter(others)
+    leaves = [next(chosen_leaves if take else other_leaves) for take in mask]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _scaled_gramian(

@@ -39,6 +39,8 @@ def test_a_tree_may_mix_dtypes(case):
     update, _ = case.step(tree)
     assert update["half"].dtype == jnp.bfloat16
     assert update["single"].dtype == jnp.float32
+    if case.draws_per_leaf:
+        return
     whole = np.concatenate([np.asarray(tree["half"], "f4"), tree["single"]], axis=1)
     expected, _ = case.step(whole)
     np.testing.assert_allclose(update["single"], expected[2:], rtol=1e-4, atol=1e-4)
@@ -47,10 +49,14 @@ def test_a_tree_may_mix_dtypes(case):
 @every_method
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_the_direction_does_not_suffer_from_squares_out_of_range(case, scale):
+    if case.needs_gramian and scale in (1e-30, 1e30):
+        pytest.skip("a Gramian that comes from the caller has to fit its dtype")
     jacobian = random_jacobian().astype("f4")
     update, _ = case.step(jacobian * np.float32(scale))
     update = np.asarray(update, np.float64)
     assert np.isfinite(update).all()
+    if case.degree is None:  # the direction depends on the scale
+        return
     expected, _ = case.step(jacobian)
     direction = update / np.linalg.norm(update)
     np.testing.assert_allclose(direction, expected / np.linalg.norm(expected), atol=2e-5)

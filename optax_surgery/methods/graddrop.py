@@ -1,0 +1,95 @@
+"""GradDrop: at each coordinate keep the gradients of one sign, drawn by its share."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_surgery import core, trees
+
+
+def graddrop_update(rows: jax.Array, draws: jax.Array, leak: jax.Array) -> jax.Array:
+    """GradDrop's update of one leaf for given draws.
+
+    Args:
+      rows: (T, *shape) task gradients.
+      draws: (*shape) numbers in [0, 1), U in the paper.
+      leak: (T,) share of each gradient that is never dropped.
+
+    Returns:
+      (*shape) update.
+    """
+    positive = jnp.sum(jnp.maximum(rows, 0), axis=0)
+    negative = jnp.sum(jnp.maximum(-rows, 0), axis=0)
+    total = positive + negative
+    purity = positive / jnp.where(total > 0, total, 1)
+    kept = jnp.where((draws < purity)[None], rows > 0, rows < 0)
+    leaks = trees.along_tasks(leak.astype(rows.dtype), rows)
+    return jnp.sum(jnp.where(kept, rows, leaks * rows), axis=0)
+
+
+def graddrop(
+    leak: float | jax.Array = 0.0, *, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""GradDrop: at each coordinate keeps the task gradients of one sign and drops the others.
+
+    The sign is drawn for each coordinate and each step: positive with the probability
+    (the positive sign purity)
+
+    .. math:: P = \frac12 \Big( 1 + \frac{\sum_i g_i}{\sum_i |g_i|} \Big).
+
+    With U uniform in [0, 1) and
+    :math:`M_i = [P > U][g_i > 0] + [P \le U][g_i < 0]`, the update is
+
+    .. math:: d = \sum_i \big( \ell_i + (1 - \ell_i) M_i \big)\, g_i.
+
+    Where tasks agree on a sign nothing is dropped. The mean of the update over the draws is
+    the sum of the task gradients.
+
+    Args:
+      leak: share of a gradient that passes whatever the sign, ell in the paper, in [0, 1]; one
+        number, or (T,). With 1 the update is the sum.
+      key: seed or PRNG key of the draws.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      The update is a sum over tasks, and no weighted sum: coordinates differ in which tasks
+      they take.
+
+    Raises:
+      ValueError: for a `leak` outside of [0, 1]; at trace time, from `update`, if the gradients
+        are not stacked, `leak` has not one entry per task, or a Gramian is given.
+
+    Note:
+      These are lines 10 to 15 of Algorithm 1 on the gradients of the parameters, with the
+      identity for f. The paper applies them to the gradients of a layer's activations, times
+      the signs of these and summed over the batch; feed such gradients to this surgery for
+      that. Other code takes the mean over tasks, adds 1e-8 to the denominator, or draws one sign
+      for a whole task. Draws are in float32, and differ from leaf to leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> tx = surgery.graddrop()
+      >>> task_grads = jnp.array([[1.0, 1.0], [-1.0, 2.0]])
+      >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
+      >>> updates
+      Array([1., 3.], dtype=float32)
+
+    References:
+      Chen et al., `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
+      Dropout <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020, Algorithm 1.
+    """
+    if isinstance(leak, int | float) and not 0 <= leak <= 1:
+        raise ValueError(
+            f"Expected a leak in [0, 1], got {leak} at 'leak'. It is the share of a gradient that "
+            "is never dropped: take 0 for the paper's method."
+        )
+
+    def rule(rows, *, key, task_mask):
+        leaks = jnp.asarray(leak)
+        if leaks.ndim:
+            leaks = trees.check_shape("leak", leaks, task_mask.shape)
+        draws = jax.random.uniform(key, rows.shape[1:], jnp.float32)
+        return graddrop_update(rows, draws, jnp.broadcast_to(leaks, task_mask.shape))
+
+    return core.coordinate_surgery("graddrop", rule, key=key)
