@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import optax_surgery as surgery
-from tests import papers
+from tests import papers, papers_coordinates, papers_losses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,12 @@ class Case:
         depends on its number.
       coordinates: whether the method works on coordinates and refuses a Gramian.
       needs_gramian: whether the method needs the Gramian of two batches.
+      draws_per_leaf: whether leaves have draws of their own, so that the update depends on how
+        the coordinates are split into leaves.
       non_conflicting: no update has a negative product with a task gradient (T <= n).
       permutation_equivariant: permuted tasks give the same update (in law, if random).
       linear_under_scaling: c -> update(diag(c) J) is linear for c > 0.
-      degree: update(s J) = s^degree update(J).
+      degree: update(s J) = s^degree update(J); None where no degree does.
       positive_weights: weights are always above zero, so that only Pareto stationary
         points have a zero update.
     """
@@ -52,10 +54,11 @@ class Case:
     mask_in_law: bool = False
     coordinates: bool = False
     needs_gramian: bool = False
+    draws_per_leaf: bool = False
     non_conflicting: bool = False
     permutation_equivariant: bool = True
     linear_under_scaling: bool = False
-    degree: float = 1.0
+    degree: float | None = 1.0
     positive_weights: bool = False
 
     @functools.cache  # noqa: B019  so that a surgery is compiled once in the whole run
@@ -130,6 +133,128 @@ FROM_THE_GRAMIAN = {
         keep=lambda mask: surgery.aligned_mtl(ramp(len(mask))[mask]),
         permutation_equivariant=False,
     ),
+    "mgda": Case(
+        make=lambda num_tasks: surgery.mgda(),
+        rule=lambda jacobian, losses: papers.nearest_to_zero(jacobian),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+    ),
+    "mgda_l2": Case(
+        make=lambda num_tasks: surgery.mgda("l2"), rule=None, linear_under_scaling=True
+    ),
+    "mgda_loss": Case(make=lambda num_tasks: surgery.mgda("loss"), rule=None),
+    "mgda_loss+": Case(
+        make=lambda num_tasks: surgery.mgda("loss+"), rule=None, linear_under_scaling=True
+    ),
+    "cagrad": Case(
+        make=lambda num_tasks: surgery.cagrad(),
+        rule=lambda jacobian, losses: papers.cagrad(jacobian, 0.4),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        positive_weights=True,
+    ),
+    "cagrad_rescaled": Case(
+        make=lambda num_tasks: surgery.cagrad(0.9, rescale="1+c^2"),
+        rule=lambda jacobian, losses: papers.cagrad(jacobian, 0.9) / 1.81,
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        positive_weights=True,
+    ),
+    "dualproj": Case(
+        make=lambda num_tasks: surgery.dualproj(),
+        rule=lambda jacobian, losses: papers.dualproj(jacobian),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        positive_weights=True,
+    ),
+    "dualproj_preference": Case(
+        make=lambda num_tasks: surgery.dualproj(ramp(num_tasks)),
+        rule=lambda jacobian, losses: papers.dualproj(jacobian, ramp(len(jacobian))),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.dualproj(ramp(len(mask))[mask]),
+        non_conflicting=True,
+        permutation_equivariant=False,
+        positive_weights=True,
+    ),
+    "upgrad": Case(
+        make=lambda num_tasks: surgery.upgrad(),
+        rule=lambda jacobian, losses: papers.upgrad(jacobian),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "upgrad_preference": Case(
+        make=lambda num_tasks: surgery.upgrad(ramp(num_tasks)),
+        rule=lambda jacobian, losses: papers.upgrad(jacobian, ramp(len(jacobian))),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.upgrad(ramp(len(mask))[mask]),
+        non_conflicting=True,
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "nash_mtl": Case(
+        make=lambda num_tasks: surgery.nash_mtl(),
+        rule=lambda jacobian, losses: papers.fair(jacobian, 1.0),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        degree=0.0,
+        positive_weights=True,
+    ),
+    "fairgrad": Case(
+        make=lambda num_tasks: surgery.fairgrad(),
+        rule=lambda jacobian, losses: papers.fair(jacobian, 2.0),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        degree=-1 / 3,
+        positive_weights=True,
+    ),
+    "fairgrad_half": Case(
+        make=lambda num_tasks: surgery.fairgrad(0.5),
+        rule=lambda jacobian, losses: papers.fair(jacobian, 0.5),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        degree=1 / 3,
+        positive_weights=True,
+    ),
+    "pivrg": Case(
+        make=lambda num_tasks: surgery.pivrg(30 * ramp(num_tasks)),
+        rule=lambda jacobian, losses: papers.fair(
+            jacobian, 2.0, papers.pivrg_factors(30.0 * ramp(len(jacobian)), 2.0, 10.0)
+        ),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.pivrg(30 * ramp(len(mask))[mask]),
+        non_conflicting=True,
+        permutation_equivariant=False,
+        degree=-1 / 3,
+        positive_weights=True,
+    ),
+    "pcd": Case(
+        make=lambda num_tasks: surgery.pcd(0, num_tasks, margin=0.3, epsilon=0.0),
+        rule=lambda jacobian, losses: papers.pcd(
+            jacobian, 0, 0.3, np.linalg.norm(jacobian, axis=1)
+        ),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        permutation_equivariant=False,
+        linear_under_scaling=True,  # in the first step, whose norms are the averages
+    ),
+    "geometric_median": Case(
+        make=lambda num_tasks: surgery.geometric_median(),
+        rule=lambda jacobian, losses: papers.geometric_median(jacobian),
+        tolerance=2e-3,
+        tolerance_x64=1e-5,
+    ),
     "imtl_g": Case(
         make=lambda num_tasks: surgery.imtl_g(),
         rule=lambda jacobian, losses: papers.imtl_g(jacobian),
@@ -183,8 +308,191 @@ FROM_THE_GRAMIAN = {
     ),
 }
 
-FROM_THE_LOSSES = {}
+FROM_THE_LOSSES = {
+    "random_weighting": Case(
+        make=lambda num_tasks: surgery.random_weighting(),
+        rule=None,
+        random=True,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "gls": Case(
+        make=lambda num_tasks: surgery.gls(),
+        rule=lambda jacobian, losses: papers_losses.gls(losses) @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "scale_invariant": Case(
+        make=lambda num_tasks: surgery.scale_invariant(),
+        rule=lambda jacobian, losses: papers_losses.scale_invariant(losses) @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "stch": Case(
+        make=lambda num_tasks: surgery.stch(0.5),
+        rule=lambda jacobian, losses: papers_losses.stch(losses, 0.5) @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "stch_log_losses": Case(
+        make=lambda num_tasks: surgery.stch(
+            1.0, ramp(num_tasks), -ramp(num_tasks), log_losses=True
+        ),
+        rule=lambda jacobian, losses: (
+            papers_losses.stch(losses, 1.0, ramp(len(jacobian)), -ramp(len(jacobian)), True)
+            @ jacobian
+        ),
+        keep=lambda mask: surgery.stch(
+            1.0, ramp(len(mask))[mask], -ramp(len(mask))[mask], log_losses=True
+        ),
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "cosmos": Case(
+        make=lambda num_tasks: surgery.cosmos(4.0),
+        rule=lambda jacobian, losses: papers_losses.cosmos(losses, 4.0) @ jacobian,
+        linear_under_scaling=True,
+    ),
+    "cosmos_preference": Case(
+        make=lambda num_tasks: surgery.cosmos(8.0, ramp(num_tasks)[::-1]),
+        rule=lambda jacobian, losses: (
+            papers_losses.cosmos(losses, 8.0, ramp(len(jacobian))[::-1]) @ jacobian
+        ),
+        keep=lambda mask: surgery.cosmos(8.0, ramp(len(mask))[::-1][mask]),
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+    ),
+    "pbi": Case(
+        make=lambda num_tasks: surgery.pbi(),
+        rule=lambda jacobian, losses: papers_losses.pbi(losses) @ jacobian,
+        linear_under_scaling=True,
+    ),
+    "pbi_preference": Case(
+        make=lambda num_tasks: surgery.pbi(2.0, ramp(num_tasks)[::-1], -ramp(num_tasks)),
+        rule=lambda jacobian, losses: (
+            papers_losses.pbi(losses, 2.0, ramp(len(jacobian))[::-1], -ramp(len(jacobian)))
+            @ jacobian
+        ),
+        keep=lambda mask: surgery.pbi(2.0, ramp(len(mask))[::-1][mask], -ramp(len(mask))[mask]),
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+    ),
+    "uncertainty_weighting": Case(
+        make=lambda num_tasks: surgery.uncertainty_weighting(num_tasks),
+        rule=lambda jacobian, losses: (
+            papers_losses.uncertainty_weighting(losses[None])[0] @ jacobian
+        ),
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "imtl_l": Case(
+        make=lambda num_tasks: surgery.imtl_l(num_tasks),
+        rule=lambda jacobian, losses: papers_losses.imtl_l(losses[None])[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "imtl": Case(
+        make=lambda num_tasks: surgery.imtl(num_tasks),
+        rule=lambda jacobian, losses: papers_losses.imtl(jacobian[None], losses[None])[0],
+        tolerance=1e-3,
+    ),
+    "dwa": Case(
+        make=lambda num_tasks: surgery.dwa(num_tasks, window=1),
+        rule=lambda jacobian, losses: papers_losses.dwa(losses[None], 1)[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "famo": Case(
+        make=lambda num_tasks: surgery.famo(num_tasks),
+        rule=lambda jacobian, losses: papers_losses.famo(losses[None])[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "famo_bounds": Case(
+        make=lambda num_tasks: surgery.famo(num_tasks, lower_bounds=-ramp(num_tasks)),
+        rule=lambda jacobian, losses: (
+            papers_losses.famo(losses[None], -ramp(len(jacobian)))[0] @ jacobian
+        ),
+        keep=lambda mask: surgery.famo(mask.sum(), lower_bounds=-ramp(len(mask))[mask]),
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "go4align": Case(
+        make=lambda num_tasks: surgery.go4align(num_tasks, num_groups=2),
+        rule=lambda jacobian, losses: papers_losses.go4align(losses[None], 2)[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "gradnorm": Case(
+        make=lambda num_tasks: surgery.gradnorm(num_tasks),
+        rule=lambda jacobian, losses: (
+            papers_losses.gradnorm(jacobian[None], losses[None])[0] @ jacobian
+        ),
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+}
 
-FROM_THE_COORDINATES = {}
+FROM_THE_COORDINATES = {
+    "graddrop": Case(
+        make=lambda num_tasks: surgery.graddrop(),
+        rule=None,
+        random=True,
+        coordinates=True,
+        draws_per_leaf=True,
+    ),
+    "trimmed_mean": Case(
+        make=lambda num_tasks: surgery.trimmed_mean(num_tasks > 2),
+        rule=lambda jacobian, losses: papers_coordinates.trimmed_mean(jacobian, len(jacobian) > 2),
+        coordinates=True,
+    ),
+    "coordinate_median": Case(
+        make=lambda num_tasks: surgery.coordinate_median(),
+        rule=lambda jacobian, losses: papers_coordinates.coordinate_median(jacobian),
+        coordinates=True,
+    ),
+    "excess_mtl": Case(
+        make=lambda num_tasks: surgery.excess_mtl(num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.excess_mtl(jacobian[None])[0][0],
+        coordinates=True,
+        linear_under_scaling=True,
+    ),
+    "db_mtl": Case(
+        make=lambda num_tasks: surgery.db_mtl(num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.db_mtl(jacobian[None], losses[None])[0],
+        coordinates=True,
+    ),
+    "moco": Case(
+        make=lambda num_tasks: surgery.moco(num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.moco(jacobian[None])[0][0],
+        coordinates=True,
+        degree=None,
+    ),
+    "momentum_conflict_free": Case(
+        make=lambda num_tasks: surgery.momentum_conflict_free(num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.conflict_free(jacobian),
+        tolerance=1e-4,
+        coordinates=True,
+        non_conflicting=True,
+        linear_under_scaling=True,
+    ),
+    "modo": Case(
+        make=lambda num_tasks: surgery.modo(num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.modo(*[jacobian[None]] * 3)[0][0],
+        needs_gramian=True,
+        degree=None,
+    ),
+    "sdmgrad": Case(
+        # With the default of 10 the solver doubles rounding errors in every iteration.
+        make=lambda num_tasks: surgery.sdmgrad(num_tasks, learning_rate=0.3),
+        rule=lambda jacobian, losses: papers_coordinates.sdmgrad(
+            *[jacobian[None]] * 3, learning_rate=0.3
+        )[0][0],
+        needs_gramian=True,
+        positive_weights=True,
+    ),
+}
 
 CASES = BASELINES | FROM_THE_GRAMIAN | FROM_THE_LOSSES | FROM_THE_COORDINATES

@@ -95,7 +95,7 @@ def test_scan_donation_and_a_python_loop_agree(case):
     scanned, _ = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), stacked)
 
     donating = jax.jit(step, donate_argnums=0)
-    carry = jax.tree.map(jnp.array, (PARAMS, tx.init(PARAMS)))
+    carry = (jax.tree.map(jnp.array, PARAMS), tx.init(PARAMS))
     for task_grads in grads:
         carry, _ = donating(carry, task_grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), scanned, carry)

@@ -70,7 +70,7 @@ def cr_mogm(
         return CRMOGMState(
             weights=jnp.zeros(num_tasks, jnp.float32),
             seen=jnp.zeros(num_tasks, bool),
-            inner_state=inner.init(None),
+            inner_state=inner.init(()),
         )
 
     def update(gramian, state, /, *, key, losses, task_mask):
