@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from optax_surgery import products
+
 _STACK = (
     "Stack the gradients of the T tasks on a leading axis, as "
     "`jax.jacrev(losses_fn)(params)` returns them."
@@ -195,12 +197,7 @@ def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
     def combine_leaf(leaf):
         leaf = jnp.asarray(leaf)
         rows = leaf.astype(gramian_dtype(leaf))
-        total = lax.dot_general(
-            weights.astype(rows.dtype),
-            rows,
-            (((0,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-        )
+        total = products.leaf_combination(weights.astype(rows.dtype), rows)
         return total.astype(leaf.dtype)
 
     return jax.tree.map(combine_leaf, task_updates)
@@ -356,10 +353,7 @@ def _scaled_gramian(
 
     def leaf_gramian(left, right):
         left, right = (jnp.asarray(leaf).astype(dtype) * scale for leaf in (left, right))
-        axes = tuple(range(1, left.ndim))
-        return lax.dot_general(
-            left, right, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
-        )
+        return products.leaf_gramian(left, right)
 
     return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates, other))
 
