@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +22,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _PALE = LinearSegmentedColormap.from_list("pale", ("0.78", "1.0"))
 _MOST_ROWS_WITH_NAMES = 20
+
+# Metrics of histories: compiled once, not operation by operation.
+_cosine_similarities = jax.jit(jax.vmap(metrics.cosine_similarities))
+_conflict_fractions = jax.jit(jax.vmap(metrics.conflict_fraction))
+_condition_numbers = jax.jit(jax.vmap(metrics.condition_number))
 
 
 def cosines(
@@ -57,9 +61,10 @@ def cosines(
       >>> import matplotlib.pyplot as plt
       >>> import optax_surgery as surgery
       >>> from optax_surgery import plotting
-      >>> on_two_batches = jax.random.normal(jax.random.key(0), (10, 6, 50)) + 0.3
-      >>> both = jax.vmap(surgery.gramian)(on_two_batches)
-      >>> same = jax.vmap(surgery.cosine_similarities)(both).diagonal(3, axis1=1, axis2=2)
+      >>> task_grads = jax.random.normal(jax.random.key(0), (10, 6, 50)) + 0.3
+      >>> both = jax.jit(jax.vmap(surgery.gramian))(task_grads)
+      >>> cosines = jax.jit(jax.vmap(surgery.cosine_similarities))(both)
+      >>> same = cosines.diagonal(3, axis1=1, axis2=2)
       >>> _, ax = plt.subplots()
       >>> ax = plotting.cosines(both[:, :3, :3], same_task_cosines=same, ax=ax)
       >>> [label.get_text() for label in ax.get_yticklabels()]
@@ -132,12 +137,13 @@ def conflicts(
       >>> from optax_surgery import plotting
       >>> task_grads = jax.random.normal(jax.random.key(0), (100, 3, 50))
       >>> _, ax = plt.subplots()
-      >>> ax = plotting.conflicts(jax.vmap(surgery.gramian)(task_grads), window=20, ax=ax)
+      >>> gramians = jax.jit(jax.vmap(surgery.gramian))(task_grads)
+      >>> ax = plotting.conflicts(gramians, window=20, ax=ax)
       >>> ax.get_ylabel()
       'share of pairs that conflict'
     """
     gramians = _gramians(gramians)
-    shares = np.asarray(jax.vmap(metrics.conflict_fraction)(jnp.asarray(gramians)))
+    shares = np.asarray(_conflict_fractions(gramians))
     steps = _steps(steps, len(shares))
     if not 1 <= window <= len(steps):
         raise ValueError(
@@ -185,7 +191,7 @@ def norms(
       'log'
     """
     gramians = _gramians(gramians)
-    values = np.asarray(jax.vmap(metrics.task_norms)(jnp.asarray(gramians)))
+    values = np.sqrt(np.diagonal(gramians, axis1=1, axis2=2))
     ax = plt.gca() if ax is None else ax
     _draw_tasks(ax, steps, np.where(values > 0, values, np.nan), task_names)
     ax.set(xlabel="step", ylabel="norm of the task gradient", yscale="log")
@@ -262,7 +268,7 @@ def condition_numbers(
       [2, 1]
     """
     gramians = _gramians(gramians)
-    values = np.asarray(jax.vmap(metrics.condition_number)(jnp.asarray(gramians)))
+    values = np.asarray(_condition_numbers(gramians))
     infinite, steps = np.isinf(values), _steps(steps, len(values))
     ax = plt.gca() if ax is None else ax
     (line,) = ax.plot(steps, np.where(infinite, np.nan, values), lw=2, label=label)
@@ -408,7 +414,7 @@ def _finish(ax: Axes) -> Axes:
 
 def _present_cosines(gramians: np.ndarray) -> np.ndarray:
     """(S, T, T) cosines, NaN where a gradient is zero."""
-    found = np.asarray(jax.vmap(metrics.cosine_similarities)(jnp.asarray(gramians)))
+    found = np.asarray(_cosine_similarities(gramians))
     present = np.diagonal(gramians, axis1=1, axis2=2) > 0
     return np.where(present[:, :, None] & present[:, None, :], found, np.nan)
 
