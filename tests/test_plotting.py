@@ -73,7 +73,7 @@ def test_the_heat_map_has_the_ceiling_above_the_pairs_and_blanks_for_absent_task
     ax = plotting.cosines(gramians, task_names="abc", same_task_cosines=SAME, ax=axes[0])
     drawn = ax.collections[0].get_array().reshape(6, 12)
     assert [label.get_text() for label in ax.get_yticklabels()] == [
-        *("a, a", "b, b", "c, c"),
+        *("a, two batches", "b, two batches", "c, two batches"),
         *("a, b", "a, c", "b, c"),
     ]
     np.testing.assert_allclose(drawn[:3], SAME.T)
