@@ -358,11 +358,11 @@ def trajectories(
       The Axes.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> import matplotlib.pyplot as plt
+      >>> import numpy as np
       >>> from optax_surgery import plotting
-      >>> x, y = jnp.linspace(-2, 2, 50), jnp.linspace(-1, 1, 30)
-      >>> points = jnp.array([[[2.0, 1.0], [1.0, 0.2], [0.0, 0.0]]])
+      >>> x, y = np.linspace(-2, 2, 50), np.linspace(-1, 1, 30)
+      >>> points = np.array([[[2.0, 1.0], [1.0, 0.2], [0.0, 0.0]]])
       >>> _, ax = plt.subplots()
       >>> ax = plotting.trajectories(points, surface=(x, y, x**2 + y[:, None] ** 2), ax=ax)
       >>> len(ax.get_lines())
