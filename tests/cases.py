@@ -496,3 +496,5 @@ FROM_THE_COORDINATES = {
 }
 
 CASES = BASELINES | FROM_THE_GRAMIAN | FROM_THE_LOSSES | FROM_THE_COORDINATES
+# Every method with its defaults. The other rows have other arguments, and differ in the rule only.
+METHODS = {name: case for name, case in CASES.items() if hasattr(surgery, name)}
