@@ -16,12 +16,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(1_000_000, 10, 1_000)
 
 
+def group_of(item):
+    """What a test shares programs with: the tests of its method or wrapper, or of its file."""
+    callspec = getattr(item, "callspec", None)
+    for argument in ("case", "name"):
+        if callspec and argument in callspec.params:
+            kind = callspec.params[argument]
+            return kind if isinstance(kind, str) else f"case {kind.make.__code__.co_firstlineno}"
+    return item.path.name
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of one method, or of one wrapper, run in one process: it compiles each program once."""
+    """Tests of one group run in one process, so that each program is compiled once."""
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        for argument in ("case", "name"):
-            if callspec and argument in callspec.params:
-                kind = callspec.params[argument]
-                group = kind if isinstance(kind, str) else f"{kind.make.__code__.co_firstlineno}"
-                item.add_marker(pytest.mark.xdist_group(f"{argument} {group}"))
+        if group_of(item) != item.path.name:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops the programs of a group: a process that holds thousands of them breaks down."""
+    if nextitem is not None and group_of(item) != group_of(nextitem):
+        jax.clear_caches()
