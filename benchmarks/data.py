@@ -140,8 +140,8 @@ def load(source: str, data_dir: str | os.PathLike) -> dict[str, dict[str, np.nda
         the end, so that a preparation that is killed leaves nothing that looks complete.
 
     Returns:
-      {"train": ..., "validation": ..., "test": ...}, each of "image" (N, 36, 36) uint8, "labels" (N, 2) and
-      "digits" (N, 2) int32.
+      {"train": ..., "validation": ..., "test": ...}, each of "image" (N, 36, 36) uint8, "labels"
+      (N, 2) and "digits" (N, 2) int32.
     """
     tfds.disable_progress_bar()
     options = {"data_dir": os.fspath(data_dir), "file_format": "array_record"}

@@ -37,9 +37,10 @@ def finished_runs(parser, config, files):
             content = read(parser, path)
             for part, value in expected.items():
                 if content.get(part) != value:
+                    what = difference(content, part, value)
                     parser.error(
-                        f"{path} is there and has another {part}: {difference(content, part, value)}"
-                        ": give another --out, or --overwrite"
+                        f"{path} is there and has another {part}: {what}: give another --out, or "
+                        "--overwrite"
                     )
             found[run] = content["results"]
     return found
