@@ -70,3 +70,51 @@ def paired_tests(differences: Mapping[Hashable, np.ndarray]) -> dict[Hashable, d
         adjusted = max(adjusted, min(1.0, (len(found) - rank) * one["p"]))
         one |= {"p_holm": adjusted, "differs": adjusted < SIGNIFICANT}
     return found
+
+
+def leaderboard(metrics, higher_is_better, baselines=("sum", "linear")):
+    """Every method against single-task networks and, seed by seed, against the baselines.
+
+    Args:
+      metrics: {method: (seeds, S) metrics}, with the single-task networks as "single".
+      higher_is_better: (S,) bool, or one for all.
+      baselines: names of methods; those that are not there are left out.
+
+    Returns:
+      {method: row}, the best mean delta-m first. A row has the mean `metrics` (S,), the `points`
+      (seeds,) of delta-m, their mean `delta_m` and `interval_95`, the mean `rank` among the
+      multi-task methods, and `against`: {baseline: what `paired_tests` says of delta-m}.
+    """
+    references = np.mean(metrics["single"], axis=0)
+    points = {name: delta_m(each, references, higher_is_better) for name, each in metrics.items()}
+    joint = [name for name in metrics if name != "single"]
+    means = [np.mean(metrics[name], axis=0) for name in joint]
+    ranks = dict(zip(joint, mean_ranks(means, higher_is_better), strict=True))
+    tests = {
+        baseline: paired_tests(
+            {name: points[name] - points[baseline] for name in joint if name != baseline}
+        )
+        for baseline in baselines
+        if baseline in metrics
+    }
+    rows = {
+        name: {
+            "metrics": np.mean(each, axis=0),
+            "points": points[name],
+            "delta_m": float(np.mean(points[name])),
+            "interval_95": float(interval_95(points[name])),
+            "rank": ranks.get(name),
+            "against": {other: found[name] for other, found in tests.items() if name in found},
+        }
+        for name, each in metrics.items()
+    }
+    # A method that diverged in some seed is last.
+    key = {name: np.nan_to_num(row["delta_m"], nan=np.inf) for name, row in rows.items()}
+    return {name: rows[name] for name in sorted(rows, key=key.get)}
+
+
+def verdict(test):
+    """A cell of a table: the mean difference where there is one, else =."""
+    if test is None:
+        return ""
+    return f"{test['mean']:+.2f}" if test["differs"] else "="
