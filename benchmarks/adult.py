@@ -24,6 +24,7 @@ import functools
 import importlib.metadata
 import io
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -382,7 +383,9 @@ def train_all(parser, config):
         bar = progress.add_task("Training", total=len(left))
         for method in left:
             progress.update(bar, description=f"Training, {method}")
-            results[method] = train_method(method, config, splits)
+            began = time.process_time()
+            found = train_method(method, config, splits)
+            results[method] = found | {"cpu_seconds": time.process_time() - began}
             sweep.save_run(config, files[method], results[method])
             progress.advance(bar)
     return {method: results[method] for method in files}

@@ -446,6 +446,7 @@ def make_results(results, summaries, comparisons):
         {
             "width": width,
             "method": method,
+            "metrics": summaries[width, method]["accuracy"],
             "seeds": summaries[width, method],
             "against_sum": comparisons.get((width, method)),
             **result,
@@ -472,9 +473,11 @@ def train_all(parser, config, lengths):
         splits = read_data(parser, config) if left else None
         for width, method in left:
             progress.update(bar, description=f"Training, width {width}, {method}")
+            began = time.process_time()
             result = train_method(
                 method, width, config, splits, lengths, lambda: progress.advance(bar)
             )
+            result["cpu_seconds"] = time.process_time() - began
             sweep.save_run(config, files[width, method], result)
             results[width, method] = result
     for result in results.values():
@@ -521,7 +524,13 @@ def main(argv=None):
 
     picture = io.BytesIO()
     make_figure(curves, comparisons, config, lengths).savefig(picture)
-    text = as_json(config, findings=findings, runs=make_results(results, summaries, comparisons))
+    text = as_json(
+        config,
+        metrics=[f"{task}, accuracy %" for task in TASKS],
+        higher_is_better=[True] * len(TASKS),
+        findings=findings,
+        runs=make_results(results, summaries, comparisons),
+    )
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))
     console.print(f"\nWritten: {files[0]} and {files[1]}")
 

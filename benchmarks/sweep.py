@@ -46,13 +46,15 @@ def finished_runs(parser, config, files):
     return found
 
 
-def read(parser, path):
-    """A results file, or an error that names it."""
+def read(parser, path, needed=("format", "results")):
+    """A results file with what is needed of it, or an error that names it."""
     try:
         content = json.loads(Path(path).read_text())
-        content["results"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{path} is no results file ({type(error).__name__}: {error}): remove it")
+        missing = [name for name in needed if name not in content]
+        if missing or not isinstance(content, dict):
+            raise ValueError(f"it has no {missing[0] if missing else 'parts'}")
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"{path} is no results file: {' '.join(str(error).split())}: remove it")
     return content
 
 
