@@ -180,39 +180,43 @@ def free_port():
 
 
 def launch(num_processes, config, folder):
-    """Runs a job and returns what its first process wrote. If one process fails, all are ended."""
-    address = f"127.0.0.1:{free_port()}"
+    """Runs a job on this machine and returns what its first process wrote."""
     command = [sys.executable, "-m", "benchmarks.distributed", "--member", "--out", str(folder)]
     for name in ("steps", "batch_size", "learning_rate", "data_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    environment = os.environ | {
+    address = f"127.0.0.1:{free_port()}"
+    on_cpu = {
         "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    environment["JAX_NUM_CPU_DEVICES"] = "1"
+    roles = [
+        {
+            "coordinator_address": address,
+            "coordinator_bind_address": address,
+            "num_processes": num_processes,
+            "process_id": number,
+        }
+        for number in range(num_processes)
+    ]
+    run_together(command, [on_cpu | {LOCAL_JOB: json.dumps(role)} for role in roles])
+    with np.load(folder / JOB_FILE) as found:
+        return dict(found)
+
+
+def run_together(command, environments):
+    """Runs the command once in each environment. Where one fails, all others are ended."""
     with contextlib.ExitStack() as stack:
         members = []
-        for number in range(num_processes):
-            who = {
-                "coordinator_address": address,
-                "coordinator_bind_address": address,
-                "num_processes": num_processes,
-                "process_id": number,
-                "initialization_timeout": 120,
-            }
+        for environment in environments:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(
-                command,
-                env=environment | {LOCAL_JOB: json.dumps(who)},
-                stdout=log,
-                stderr=log,
+                command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
             )
             stack.callback(process.wait)
             stack.callback(process.kill)  # does nothing to one that has ended
             members.append((process, log))
         watch(members)
-    with np.load(folder / JOB_FILE) as found:
-        return dict(found)
 
 
 def watch(members):

@@ -365,7 +365,7 @@ def plan(config, left_out):
     memory = free_memory()
     for case in [Case(ONE_LEAF, tasks, size) for tasks in config.tasks for size in config.sizes]:
         if 4 * case.num_tasks * case.size * MEMORY_SHARE > memory:
-            reason = f"of {memory / 1e9:.0f} GB that are free, a stack may take 1/{MEMORY_SHARE}"
+            reason = f"of {memory / 1e9:.3g} GB that are free, a stack may take 1/{MEMORY_SHARE}"
             left_out.setdefault(reason, []).append(str(case))
             continue
         first, rest = config.methods[:1], config.methods[1:]
@@ -456,7 +456,8 @@ def run(config, jobs, aggregators, left_out, progress):
         share = (end - start) / (len(jobs) - number)
         # A larger stack takes as long to compile and, in proportion to its cost, longer to run.
         setup, turn, cost = last.get(job.first, (0, 0, job.cost))
-        if start + setup + ROUNDS.start * turn * job.cost / cost > end:
+        expected_end = start + setup + (2 + ROUNDS.start) * turn * job.cost / cost
+        if expected_end > end or not (job.first or job.case in results):
             reason = f"it would not have fitted into --seconds {config.seconds:g}"
             left_out.setdefault(reason, []).append(f"{' '.join(job.methods)} ({job.case})")
             continue
@@ -581,6 +582,10 @@ def make_figure(results):
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=150)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     grid = {case: found for case, found in results.items() if case.leaves == ONE_LEAF}
+    if not grid:
+        figure.clear()
+        figure.text(0.5, 0.5, "There was no time for stacks on one leaf.", ha="center")
+        return figure
 
     def draw(axes, along, values, **style):
         xs = [getattr(case, along) for case in values]
