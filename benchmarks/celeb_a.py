@@ -16,17 +16,51 @@ import optax
 from PIL import Image
 
 import optax_surgery as surgery
+from benchmarks import image_suite
 from benchmarks.networks import CelebANet
-from benchmarks.training import Problem, Split, read_record, tfds_sources
+from benchmarks.training import TFDS_DIR, Problem, Split, read_record, tfds_sources
 
-TASKS = tuple(
-    """
-    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
-    Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
-    Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
-    Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
-    Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
-    """.split()
+TASKS = (
+    "5_o_Clock_Shadow",
+    "Arched_Eyebrows",
+    "Attractive",
+    "Bags_Under_Eyes",
+    "Bald",
+    "Bangs",
+    "Big_Lips",
+    "Big_Nose",
+    "Black_Hair",
+    "Blond_Hair",
+    "Blurry",
+    "Brown_Hair",
+    "Bushy_Eyebrows",
+    "Chubby",
+    "Double_Chin",
+    "Eyeglasses",
+    "Goatee",
+    "Gray_Hair",
+    "Heavy_Makeup",
+    "High_Cheekbones",
+    "Male",
+    "Mouth_Slightly_Open",
+    "Mustache",
+    "Narrow_Eyes",
+    "No_Beard",
+    "Oval_Face",
+    "Pale_Skin",
+    "Pointy_Nose",
+    "Receding_Hairline",
+    "Rosy_Cheeks",
+    "Sideburns",
+    "Smiling",
+    "Straight_Hair",
+    "Wavy_Hair",
+    "Wearing_Earrings",
+    "Wearing_Hat",
+    "Wearing_Lipstick",
+    "Wearing_Necklace",
+    "Wearing_Necktie",
+    "Young",
 )
 
 
@@ -89,3 +123,53 @@ def metrics(sums, tasks):
         for name, values in (("F1", f1), ("error", error))
         for task, value in zip(tasks, values, strict=True)
     }
+
+
+# --- The command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The options. The defaults are the published protocol."""
+
+    methods: Annotated[tuple, "what to compare", image_suite.choices(len(TASKS))] = (
+        image_suite.DEFAULT
+    )
+    seeds: Annotated[int, "networks per method, at least 2", 2] = 3
+    epochs: Annotated[int, "times that every image is seen", 1] = 15
+    batch_size: Annotated[int, "images per step", 1] = 256
+    learning_rate: Annotated[float, "of Adam", 1e-9] = 3e-4
+    size: Annotated[int, "height and width that images are resized to", 8] = 64
+    channels: Annotated[int, "of the first convolution; later ones have up to 8 times", 1] = 64
+    data_dir: Annotated[Path, "TFDS's folder, which holds celeb_a", None] = TFDS_DIR
+    download: Annotated[bool, "let TFDS download and prepare the data", None] = False
+    out: Annotated[Path, "folder for the results", None] = Path("results/celeb_a")
+    overwrite: Annotated[bool, "replace the results of an earlier sweep", None] = False
+
+
+def means(found):
+    """The mean of F1 and of the error, over the attributes that were learnt."""
+    return {
+        f"mean {kind}": np.mean([value for name, value in found.items() if name.endswith(kind)])
+        for kind in ("F1", "error")
+    }
+
+
+def suite(config):
+    return image_suite.Suite(
+        tasks=TASKS,
+        load=load,
+        make_problem=make_problem,
+        make_adam=lambda config, steps_per_epoch: optax.adam(config.learning_rate),
+        choose=lambda curves: image_suite.best_epoch(curves, lambda found: means(found)["mean F1"]),
+        columns=means,
+        higher_is_better=lambda found: {name: True for name in found if name.endswith("F1")},
+    )
+
+
+def main(argv=None):
+    image_suite.run(suite, Config, __doc__, "celeb_a", argv)
+
+
+if __name__ == "__main__":
+    image_suite.exit_on_interrupt(main)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorflow_datasets as tfds
 
 import optax_surgery as surgery
 from benchmarks import image_suite
@@ -66,10 +65,7 @@ class Config:
     """The options. The paper states neither epochs, nor batch size, nor rate of its Adam."""
 
     methods: Annotated[tuple, "what to compare", image_suite.choices(len(TASKS))] = (
-        "single",
-        "sum",
-        "pcgrad",
-        "aligned_mtl",
+        image_suite.DEFAULT
     )
     network: Annotated[
         str, "the paper's, or with a choice of blocks for each task", ("plain", "routed")
@@ -154,9 +150,9 @@ def make_problem(tasks, config):
     def value_and_grad(params, variables, batch, key):
         images, labels = by_task(batch)
         routes = jax.random.categorical(key, jnp.log(variables["policies"]))
-        (losses, accuracies), task_grads = surgery.per_task_value_and_grad(
-            task_loss, has_aux=True
-        )(params, each, routes, images, labels)
+        (losses, accuracies), task_grads = surgery.per_task_value_and_grad(task_loss, has_aux=True)(
+            params, each, routes, images, labels
+        )
         return (losses, learn_routes(variables, routes, accuracies)), task_grads
 
     def measure(params, variables, batch):
@@ -168,7 +164,9 @@ def make_problem(tasks, config):
         return {"right": right, "images": jnp.sum(counts, axis=1)}
 
     def metrics(sums):
-        return {TASKS[t]: 100 * a for t, a in zip(tasks, sums["right"] / sums["images"], strict=True)}
+        return {
+            TASKS[t]: 100 * a for t, a in zip(tasks, sums["right"] / sums["images"], strict=True)
+        }
 
     return Problem(init, value_and_grad, measure, metrics)
 
@@ -193,19 +191,21 @@ def learn_routes(variables, routes, accuracies):
 
 # --- The command line
 
-SUITE = image_suite.Suite(
-    tasks=TASKS,
-    load=load,
-    make_problem=make_problem,
-    make_adam=lambda config, steps_per_epoch: optax.adam(config.learning_rate),
-    choose=image_suite.last_epochs_mean,
-    columns=lambda metrics: {"mean accuracy": np.mean(list(metrics.values()))},
-    higher_is_better=lambda metrics: dict.fromkeys(metrics, True),
-)
+
+def suite(config):
+    return image_suite.Suite(
+        tasks=TASKS,
+        load=load,
+        make_problem=make_problem,
+        make_adam=lambda config, steps_per_epoch: optax.adam(config.learning_rate),
+        choose=image_suite.last_epochs_mean,
+        columns=lambda metrics: {"mean accuracy": np.mean(list(metrics.values()))},
+        higher_is_better=lambda metrics: dict.fromkeys(metrics, True),
+    )
 
 
 def main(argv=None):
-    image_suite.run(SUITE, Config, __doc__, "cifar100", argv)
+    image_suite.run(suite, Config, __doc__, "cifar100", argv)
 
 
 if __name__ == "__main__":

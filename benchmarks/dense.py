@@ -4,13 +4,18 @@ Images are (batch, height, width, channels), labels (batch, height, width). Pixe
 count in nothing: a label outside the classes, a depth of zero, a normal of zero.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.scipy.ndimage import map_coordinates
 
-from benchmarks.training import DataError, Split, read_array
+import optax_surgery as surgery
+from benchmarks.networks import PSPNet, SegNet
+from benchmarks.training import DataError, Problem, Split, read_array
 
 SCALES = (1.0, 1.2, 1.5)  # of the random crops
 # The share of normals within so many degrees.
@@ -40,6 +45,11 @@ def normals_loss(predicted, normals):
     """One minus the mean cosine. Predictions of any length are taken for directions."""
     cosines = jnp.sum(unit(predicted) * normals, axis=-1)
     return 1 - masked_mean(cosines, jnp.any(normals != 0, axis=-1))
+
+
+def instances_loss(predicted, instance):
+    """Mean absolute error of the way from an instance's centre. The truth's last is a mask."""
+    return masked_mean(jnp.mean(jnp.abs(predicted - instance[..., :2]), -1), instance[..., 2] > 0)
 
 
 def unit(vectors):
@@ -81,8 +91,9 @@ def batch_sums(values, mask):
 
 
 def batch_means(sums):
-    return {name: value / max(sums["images"], 1) for name, value in sums.items()
-            if name != "images"}
+    return {
+        name: value / max(sums["images"], 1) for name, value in sums.items() if name != "images"
+    }
 
 
 def depth_sums(predicted, depth):
@@ -93,13 +104,19 @@ def depth_sums(predicted, depth):
     return batch_sums(means, mask)
 
 
-def depth_metrics(sums, relative_unit=1):
+def depth_metrics(sums):
     """Mean absolute error, and mean error relative to the truth."""
     means = batch_means(sums)
-    return {
-        "absolute error": means["absolute"],
-        "relative error": relative_unit * means["relative"],
-    }
+    return {"absolute error": means["absolute"], "relative error": means["relative"]}
+
+
+def disparity_sums(predicted, disparity):
+    mask = disparity != 0
+    return batch_sums({"squared": masked_mean((predicted - disparity) ** 2, mask)}, mask)
+
+
+def instances_sums(predicted, instance):
+    return batch_sums({"error": instances_loss(predicted, instance)}, instance[..., 2] > 0)
 
 
 def normals_sums(predicted, normals):
@@ -128,14 +145,83 @@ def normals_metrics(sums):
 
 
 HIGHER_IS_BETTER = {
-    "mIoU": True,
-    "pixel accuracy": True,
-    "absolute error": False,
-    "relative error": False,
-    "mean angle": False,
-    "median angle": False,
-    **{f"within {limit}": True for limit in WITHIN},
+    **dict.fromkeys(("mIoU", "pixel accuracy", *(f"within {limit}" for limit in WITHIN)), True),
+    **dict.fromkeys(("absolute error", "relative error", "mean angle", "median angle"), False),
+    **dict.fromkeys(("instance error", "squared error"), False),
 }
+
+
+# --- Tasks, by name, and what a network learns of them
+
+
+class Task(NamedTuple):
+    field: str  # of a batch, with the truth
+    loss: Callable[..., jax.Array]  # (predictions, truth) -> scalar
+    sums: Callable[..., dict]  # (predictions, truth) -> sums
+    metrics: Callable[[dict], dict[str, float]]
+
+
+TASKS = {
+    "segmentation": Task("label", segmentation_loss, segmentation_sums, segmentation_metrics),
+    "depth": Task("depth", depth_loss, depth_sums, depth_metrics),
+    "normals": Task("normal", normals_loss, normals_sums, normals_metrics),
+    "instances": Task(
+        "instance",
+        instances_loss,
+        instances_sums,
+        lambda sums: {"instance error": batch_means(sums)["error"]},
+    ),
+    "disparity": Task(
+        "depth",
+        depth_loss,
+        disparity_sums,
+        lambda sums: {"squared error": batch_means(sums)["squared"]},
+    ),
+}
+NETWORKS = ("segnet_mtan", "segnet", "pspnet")
+
+
+def make_network(name, outputs, channels):
+    if name == "pspnet":
+        return PSPNet(outputs, width=channels)
+    return SegNet(outputs, attention=name == "segnet_mtan", width=channels)
+
+
+def make_problem(net, tasks, augmentations):
+    """To learn these tasks from batches with an "image" and the tasks' fields.
+
+    Statistics of batch normalisation are kept once, not once a task.
+    """
+
+    def init(key):
+        # Of the smallest size that the networks take: their parameters depend on none.
+        return net.init(key, jnp.zeros((1, 64, 64, 3)), train=True)
+
+    def losses_fn(params, variables, batch):
+        outputs, variables = net.apply(
+            {"params": params, **variables}, batch["image"], train=True, mutable="batch_stats"
+        )
+        losses = [TASKS[task].loss(outputs[task], batch[TASKS[task].field]) for task in tasks]
+        return jnp.stack(losses), variables
+
+    def value_and_grad(params, variables, batch, key):
+        for number, augment in enumerate(augmentations):
+            batch = augment(batch, jax.random.fold_in(key, number))
+        return surgery.task_value_and_grad(losses_fn, has_aux=True)(params, variables, batch)
+
+    def measure(params, variables, batch):
+        outputs = net.apply({"params": params, **variables}, batch["image"], train=False)
+        return {t: TASKS[t].sums(outputs[t], batch[TASKS[t].field]) for t in tasks}
+
+    def metrics(sums):
+        return {k: v for task in tasks for k, v in TASKS[task].metrics(sums[task]).items()}
+
+    return Problem(init, value_and_grad, measure, metrics)
+
+
+def halved_adam(config, steps_per_epoch):
+    halved = {config.halve_at * steps_per_epoch: 0.5}
+    return optax.adam(optax.piecewise_constant_schedule(config.learning_rate, halved))
 
 
 # --- Augmentation. A batch has "image", "label", and some of "depth", "normal" and "instance".
@@ -178,7 +264,8 @@ def _scale_and_crop(example, key):
 def mirror(batch, key):
     """Mirrors half of the images, and with them what points to the left or right."""
     mirrored = jax.random.bernoulli(key, shape=(len(batch["image"]),))
-    signs = {"normal": jnp.array([-1, 1, 1]), "instance": jnp.array([1, -1])}
+    signs = {"normal": (-1, 1, 1), "instance": (1, -1, 1)}
+    signs = {name: jnp.array(sign).reshape(1, 1, 1, 3) for name, sign in signs.items()}
 
     def choose(name, field):
         turned = field[:, :, ::-1] * signs.get(name, 1)

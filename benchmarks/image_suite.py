@@ -4,6 +4,7 @@ Every run of a method and a seed ends in a file of its own, so that a sweep that
 where it was. The reference of a task, `single`, is the same network trained on that task alone.
 """
 
+import functools
 import io
 import sys
 import time
@@ -31,6 +32,8 @@ from benchmarks.training import (
     steps_per_epoch,
     train,
 )
+
+DEFAULT = ("single", "sum", "pcgrad", "aligned_mtl")
 
 
 class Suite(NamedTuple):
@@ -69,9 +72,11 @@ def best_epoch(curves, score):
 # --- The sweep
 
 
-def run(suite, config_class, description, name, argv):
+def run(make_suite, config_class, description, name, argv):
+    """The command line of a script. `make_suite` makes its `Suite` from the options."""
     parser = Parser(f"python -m benchmarks.{name}", description=description)
     config = parse(parser, config_class, argv)
+    suite = make_suite(config)
     seeds = range(config.seeds)
     files = {
         (method, seed): config.out / "runs" / f"{method}_{seed}.json"
@@ -99,7 +104,9 @@ def run(suite, config_class, description, name, argv):
 
 
 def sweep(suite, config, files):
-    """Trains what is missing. All methods meet the same parameters and batches with one seed."""
+    """Trains what is missing. With one seed all methods meet the same batches and, but for
+    `single`, start from the same parameters.
+    """
     if not files:
         return {}
     found = {}
@@ -111,22 +118,27 @@ def sweep(suite, config, files):
         total = config.epochs * sum(len(networks[method]) for method, _ in files)
         bar = progress.add_task("Reading the data", total=total)
         splits = suite.load(config)
+        # Made once, so that methods share the compilation of an evaluation, and seeds all.
+        make_problem = functools.cache(lambda tasks: suite.make_problem(tasks, config))
         adam = suite.make_adam(config, steps_per_epoch(splits["train"], config.batch_size))
         for method, own in networks.items():
-            # Made once a method, so that its seeds share one compilation.
-            made = [(tasks, suite.make_problem(tasks, config), optimiser(method, tasks, adam))
-                    for tasks in own]
+            made = [(make_problem(tasks), optimiser(method, tasks, adam)) for tasks in own]
             for seed in [seed for name, seed in files if name == method]:
                 progress.update(bar, description=f"Training {method}, seed {seed}")
-                began = time.perf_counter()
-                curves = [
-                    train(
-                        problem, tx, splits, config, seed,
-                        files[method, seed].with_suffix(f".{tasks[0]}.unfinished"),
-                        lambda: progress.advance(bar),
+                file, curves, began = files[method, seed], [], time.perf_counter()
+                unfinished = [file.with_suffix(f".{tasks[0]}.unfinished") for tasks in own]
+                for (problem, tx), checkpoint in zip(made, unfinished, strict=True):
+                    curves.append(
+                        train(
+                            problem,
+                            tx,
+                            splits,
+                            config,
+                            seed,
+                            checkpoint,
+                            lambda: progress.advance(bar),
+                        )
                     )
-                    for tasks, problem, tx in made
-                ]
                 results = {
                     "method": method,
                     "seed": seed,
@@ -134,7 +146,9 @@ def sweep(suite, config, files):
                     "curves": curves,
                     "seconds": time.perf_counter() - began,
                 }
-                save_run(config, files[method, seed], results)
+                save_run(config, file, results)
+                for checkpoint in unfinished:
+                    checkpoint.unlink()
                 found[method, seed] = results
     return found
 
@@ -216,10 +230,12 @@ def with_spread(values):
 
 def make_figure(suite, config, runs, deltas):
     """A panel for what each column of the table was after every epoch, and one for Δm."""
+
     def curve(method, seed):
         epochs = zip(*(each["test"] for each in runs[method, seed]["curves"]), strict=True)
-        return [suite.columns({k: v for part in parts for k, v in part.items()})
-                for parts in epochs]
+        return [
+            suite.columns({k: v for part in parts for k, v in part.items()}) for parts in epochs
+        ]
 
     curves = {m: [curve(m, seed) for seed in range(config.seeds)] for m in config.methods}
     columns = list(curves[config.methods[0]][0][0])
@@ -237,8 +253,9 @@ def make_figure(suite, config, runs, deltas):
             style = {"color": colours[method], "ls": dashes[method]}
             marker = "o" if len(epochs) == 1 else None
             axes.plot(epochs, mean, label=method, marker=marker, **style)
-            axes.fill_between(epochs, mean - spread, mean + spread, color=style["color"],
-                              alpha=0.12, lw=0)
+            axes.fill_between(
+                epochs, mean - spread, mean + spread, color=style["color"], alpha=0.12, lw=0
+            )
         axes.set(xlabel="epoch", ylabel=column)
         axes.xaxis.get_major_locator().set_params(integer=True)
     if deltas:

@@ -208,7 +208,9 @@ class SegNet(nn.Module):
 
         if self.attention:
             # One set of blocks takes the masked features of all tasks from level to level.
-            down_blocks = [ConvBlock(n, name=f"attended_down_{i}") for i, n in enumerate(attended_down)]
+            down_blocks = [
+                ConvBlock(n, name=f"attended_down_{i}") for i, n in enumerate(attended_down)
+            ]
             up_blocks = [ConvBlock(n, name=f"attended_up_{i}") for i, n in enumerate(attended_up)]
         predictions = {}
         for task, outputs in self.outputs.items():
@@ -314,6 +316,13 @@ class ResNet(nn.Module):
         return features
 
 
+def normalise(images):
+    """From bytes to the mean and deviation of ImageNet, as residual networks are used to."""
+    mean = jnp.array([0.485, 0.456, 0.406]).reshape(1, 1, 1, 3)
+    deviation = jnp.array([0.229, 0.224, 0.225]).reshape(1, 1, 1, 3)
+    return (images / 255 - mean) / deviation
+
+
 resnet18 = functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))
 resnet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))
 
@@ -330,8 +339,10 @@ class ImageClassifier(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         features = jnp.mean(self.encoder(images, train), axis=(1, 2))
-        return [nn.Dense(outputs, name=f"task_{task}")(features) for task, outputs in
-                self.outputs.items()]
+        return [
+            nn.Dense(outputs, name=f"task_{task}")(features)
+            for task, outputs in self.outputs.items()
+        ]
 
 
 class PSPNet(nn.Module):

@@ -8,6 +8,7 @@ batches and the same figures.
 import collections
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,13 +65,12 @@ class State(SurgeryTrainState):
 # --- Reading
 
 
-def read_image(path, height, width, mode="RGB", resample=Image.Resampling.BILINEAR):
-    """An image file as an array of this size."""
+def read_image(path, size=None, mode="RGB", resample=Image.Resampling.BILINEAR):
+    """An image file as an array of this height and width."""
     try:
         with Image.open(path) as image:
-            if image.mode != mode:
-                image = image.convert(mode)
-            return np.array(image.resize((width, height), resample))
+            image = image.convert(mode)
+            return np.array(image if size is None else image.resize(size[::-1], resample))
     # What Pillow raises for a missing, a truncated, and a damaged file.
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read the image {path}: {error}") from error
@@ -103,6 +103,7 @@ def tfds_sources(name, data_dir, download, splits):
             "none: copy it there, or add --download (which needs TensorFlow)"
         )
     folder = prepared[-1].parent
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV for decoding
     try:
         builder = tfds.builder_from_directory(folder)
         return {split: builder.as_data_source(split) for split in splits}
@@ -173,7 +174,7 @@ def train(problem, tx, splits, config, seed, checkpoint, advance):
       problem, tx, splits: what, by which rule, and from which data to learn.
       config: says `epochs` and `batch_size`.
       seed: of the parameters, the order of the examples, and augmentation.
-      checkpoint: the file that keeps the state after every epoch until the run ends.
+      checkpoint: the file that keeps the state after every epoch. Remove it when all is saved.
       advance: is called after every epoch.
 
     Returns:
@@ -181,7 +182,7 @@ def train(problem, tx, splits, config, seed, checkpoint, advance):
       dict of metrics}.
     """
     key = jax.random.key(seed)
-    variables = problem.init(jax.random.fold_in(key, 0))
+    variables = jax.jit(problem.init)(jax.random.fold_in(key, 0))
     params = variables.pop("params")
     state = State.create(apply_fn=None, params=params, tx=tx, variables=variables)
     curves = {name: [] for name in ("loss", *splits) if name != "train"}
@@ -212,7 +213,6 @@ def train(problem, tx, splits, config, seed, checkpoint, advance):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write({checkpoint: saved})
         advance()
-    checkpoint.unlink(missing_ok=True)
     return curves
 
 
@@ -232,7 +232,9 @@ def restore(checkpoint, state, config):
 
 
 def in_memory(arrays):
-    return Split(len(arrays["image"]), lambda positions: {n: a[positions] for n, a in arrays.items()})
+    return Split(
+        len(arrays["image"]), lambda positions: {n: a[positions] for n, a in arrays.items()}
+    )
 
 
 def steps_per_epoch(split, batch_size):
