@@ -86,10 +86,12 @@ def test_convolutions_of_cifar_take_any_block_and_head():
     net = networks.ConvNet(num_tasks=2, num_classes=5, blocks=3, channels=2, features=4)
     images = jnp.asarray(np.random.default_rng(0).random((2, 32, 32, 3)), jnp.float32)
     route = jnp.array([2, 1])
-    params = net.init(jax.random.key(0), images, 0, route)["params"]
-    grads = jax.grad(lambda params: jnp.sum(net.apply({"params": params}, images, 1, route) ** 2))(
-        params
-    )
+    params = jax.jit(net.init)(jax.random.key(0), images, 0, route)["params"]
+
+    def loss_fn(params):
+        return jnp.sum(net.apply({"params": params}, images, 1, route) ** 2)
+
+    grads = jax.jit(jax.grad(loss_fn))(params)
     for name, chosen in (("dense_0", 2), ("dense_1", 1), ("task_heads", 1)):
         used = np.any(grads[name]["kernel"] != 0, axis=(1, 2))
         np.testing.assert_array_equal(np.flatnonzero(used), [chosen])
@@ -106,8 +108,8 @@ def test_the_papers_network_for_cifar_has_the_size_that_its_layers_have():
 
 def test_unpooling_puts_maxima_where_they_came_from():
     features = jnp.asarray(np.random.default_rng(0).random((2, 4, 6, 3)), jnp.float32)
-    pooled, places = networks.pool_with_places(features)
-    back = networks.unpool(pooled, places)
+    pooled, places = jax.jit(networks.pool_with_places)(features)
+    back = jax.jit(networks.unpool)(pooled, places)
     windows = np.asarray(features).reshape(2, 2, 2, 3, 2, 3).max(axis=(2, 4))
     np.testing.assert_array_equal(pooled, windows)
     np.testing.assert_array_equal(back, np.where(np.isin(features, windows), features, 0))
@@ -115,7 +117,7 @@ def test_unpooling_puts_maxima_where_they_came_from():
 
 def test_pyramid_pooling_averages_as_adaptive_pooling_does():
     features = np.random.default_rng(0).random((1, 7, 8, 2)).astype(np.float32)
-    found = networks.average_parts(jnp.asarray(features), 3)
+    found = jax.jit(networks.average_parts, static_argnums=1)(features, 3)
     rows, columns = [(0, 3), (2, 5), (4, 7)], [(0, 3), (2, 6), (5, 8)]
     expected = [[features[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns] for a, b in rows]
     np.testing.assert_allclose(found, np.moveaxis(np.array(expected), 2, 0), rtol=1e-5)
