@@ -444,7 +444,7 @@ FROM_THE_COORDINATES = {
         draws_per_leaf=True,
     ),
     "trimmed_mean": Case(
-        make=lambda num_tasks: surgery.trimmed_mean(num_tasks > 2),
+        make=lambda num_tasks: surgery.trimmed_mean(int(num_tasks > 2)),
         rule=lambda jacobian, losses: papers_coordinates.trimmed_mean(jacobian, len(jacobian) > 2),
         coordinates=True,
     ),

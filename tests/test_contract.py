@@ -55,7 +55,7 @@ def test_the_number_of_tasks_is_read_off_the_gradients(case):
         except ValueError as error:  # of a method that is made for so many tasks
             updates, refusal = PARAMS, str(error)
         assert described(updates) == described(PARAMS)
-        assert re.match(rf"(Expected .*{NUM_TASKS}.*, got .*{num_tasks}.* at '.*)?$", refusal)
+        assert re.match(r"(Expected .*\d.*, got .*\d.* at '.*'\. .*)?$", refusal)
 
 
 @every_method
