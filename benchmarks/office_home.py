@@ -64,7 +64,7 @@ def load(config):
 
 def files_of(folder, style):
     """(file, class) of all images, in an order drawn once and for all."""
-    found = [folder / style, folder / style.replace(" ", "_")]
+    found = {folder / style, folder / style.replace(" ", "_")}
     classes = sorted(path for each in found for path in each.glob("*/"))
     if len(classes) != CLASSES:
         raise DataError(

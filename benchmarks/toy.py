@@ -463,7 +463,7 @@ def make_grid(name, paths, outcomes, steps):
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     x1, x2 = np.linspace(*landscape.window[:2], 120), np.linspace(*landscape.window[2:], 120)
     points = np.stack(np.meshgrid(x1, x2), axis=-1)
-    losses = jax.vmap(jax.vmap(landscape.losses))(points) * jnp.asarray(setting.scales)
+    losses = np.asarray(jax.vmap(jax.vmap(landscape.losses))(points)) * np.asarray(setting.scales)
     surface = x1, x2, np.asarray(losses.sum(axis=-1))
     for axes, method in zip(grid.flat, methods, strict=False):
         shown = {"surface": surface, "pareto_set": landscape.goal}

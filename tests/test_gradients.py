@@ -206,6 +206,17 @@ def test_shared_parameters_are_found_in_the_program_and_not_by_zeros():
         assert found["heads"] == [False] * NUM_TASKS
 
 
+def test_taking_the_outputs_of_the_heads_apart_does_not_make_the_heads_shared():
+    def losses_fn(params):
+        outputs = jnp.stack([params["trunk"] * params["first"], params["trunk"] * params["second"]])
+        first, second = list(outputs.T.T)
+        return [jnp.sum(first), jnp.sum(second**2)]
+
+    params = {name: jnp.ones(3) for name in ("trunk", "first", "second")}
+    found = surgery.infer_shared(losses_fn, params)
+    assert found == {"trunk": True, "first": False, "second": False}
+
+
 def test_heads_are_told_apart_through_concatenation_jit_and_reduction():
     def concatenated(params, inputs):
         features = jax.jit(encode)(params["trunk"], inputs)

@@ -441,7 +441,7 @@ def write_cityscapes(folder, size=(64, 128), top=33):
                 "gtFine/{}/aachen/aachen_{}_gtFine_labelIds.png": np.where(
                     instances >= 1000, instances // 1000, instances
                 ).astype(np.uint8),
-                "gtFine/{}/aachen/aachen_{}_gtFine_instanceIds.png": instances,
+                "gtFine/{}/aachen/aachen_{}_gtFine_instanceIds.png": instances.astype(np.uint16),
                 "disparity/{}/aachen/aachen_{}_disparity.png": rng.integers(0, 2**15, size).astype(
                     np.uint16
                 ),
