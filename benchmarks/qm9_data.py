@@ -32,11 +32,11 @@ ARRAYS = ("num_atoms", "elements", "positions", "targets")
 HARTREE = 27.211386  # eV
 # Each target: its column, the factor to the unit it is learnt in, and that unit.
 TARGETS = {
-    "μ": ("Dipole_debye", 1.0, "D"),
-    "α": ("Polarizability_bohr3", 1.0, "bohr³"),
+    "mu": ("Dipole_debye", 1.0, "D"),
+    "alpha": ("Polarizability_bohr3", 1.0, "bohr³"),
     "HOMO": ("HOMO_au", HARTREE, "eV"),
     "LUMO": ("LUMO_au", HARTREE, "eV"),
-    "R²": ("R2_bohr2", 1.0, "bohr²"),
+    "R2": ("R2_bohr2", 1.0, "bohr²"),
     "ZPVE": ("ZPVE_au", HARTREE, "eV"),
     "U0": ("InternalEnergy_0K_au", HARTREE, "eV"),
     "U": ("InternalEnergy_298K_au", HARTREE, "eV"),
