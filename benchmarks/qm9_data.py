@@ -160,10 +160,10 @@ def features(arrays, chosen, atoms):
       (n, nodes, 3); "mask" (n, nodes); "targets" (n, 11).
     """
     counts = arrays["num_atoms"][chosen].astype(int)
-    size = counts.max()
-    atom = np.arange(size)
-    mask = atom < counts[:, None]
     starts = np.cumsum(arrays["num_atoms"], dtype=int) - arrays["num_atoms"]
+    # As many nodes in every split.
+    atom = np.arange(arrays["num_atoms"].max())
+    mask = atom < counts[:, None]
     at = np.where(mask, starts[chosen][:, None] + atom, 0)
     elements = np.where(mask, arrays["elements"][at], 0)
     positions = np.where(mask[..., None], arrays["positions"][at], 0).astype(np.float32)
@@ -176,7 +176,8 @@ def features(arrays, chosen, atoms):
             nearest = near[np.argmin(np.sum(apart**2, axis=-1), axis=1)]
             np.add.at(hydrogens[n], nearest, 1)
         # Heavy atoms first, in their order; what comes after is padding.
-        order = np.argsort(~heavy, axis=1, kind="stable")[:, : heavy.sum(axis=1).max()]
+        most = np.add.reduceat(arrays["elements"] > ELEMENTS["H"], starts, dtype=int).max()
+        order = np.argsort(~heavy, axis=1, kind="stable")[:, :most]
         elements, positions, mask, hydrogens = (
             np.take_along_axis(each, order.reshape(order.shape + (1,) * (each.ndim - 2)), axis=1)
             for each in (elements, positions, heavy, hydrogens)
