@@ -1,4 +1,4 @@
-"""Each method equals its paper's rule, stated in float64 numpy, on 200 Jacobians and more."""
+"""Each method equals its paper's rule, stated in float64 numpy, on 210 Jacobians and more."""
 
 import jax
 import numpy as np
@@ -19,9 +19,8 @@ def jacobians(num_tasks, size, draws, seed=0):
     shape = (draws, num_tasks, size)
     full = generator.normal(size=shape)
     rank = (num_tasks + 1) // 2
-    # Of integers, so that no rounding makes it nearly deficient only.
-    mixing = generator.choice([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0], size=(draws, num_tasks, rank))
-    deficient = mixing @ generator.choice([-2.0, -1.0, 1.0, 2.0], size=(draws, rank, size))
+    mixing = generator.normal(size=(draws, num_tasks, rank))
+    deficient = mixing @ generator.normal(size=(draws, rank, size))
     spread = full * 10 ** generator.uniform(-3, 3, size=(draws, num_tasks, 1))
     common = generator.normal(size=(draws, 1, size))
     signs = np.where(np.arange(num_tasks) % 2, -1, 1)[None, :, None]
@@ -49,10 +48,10 @@ def errors(case, batch):
 
 
 @deterministic
-@pytest.mark.parametrize("num_tasks", [1, 2, 5, 20])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 10, 20])
 def test_equals_the_papers_rule_in_float64(case, num_tasks):
     with jax.enable_x64(True):
-        assert errors(case, jacobians(num_tasks, size=24, draws=10)).max() < case.tolerance_x64
+        assert errors(case, jacobians(num_tasks, size=24, draws=7)).max() < case.tolerance_x64
 
 
 @deterministic
