@@ -178,13 +178,13 @@ class MultiTaskNet(nn.Module):
         return self.heads(self.shared(*inputs))
 
 
-def make_optimiser(method, num_tasks, learning_rate, config):
+def make_optimiser(update, num_tasks, learning_rate, config):
     """Surgery on the shared parameters only: in its head a task meets no other.
 
     Adam divides updates by their recent size, so that the scale of a method's update does not act
     as a learning rate of its own, and neither does the scale of a single task's loss.
     """
-    make = methods.METHODS["sum" if method == "single" else method]
+    make = methods.METHODS[update]
     if config.schedule == "cosine":
         adam = optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps))
     else:
@@ -216,7 +216,7 @@ class Runs(NamedTuple):
     loss_weights: np.ndarray
 
 
-def train(run, splits, method, config):
+def train(run, splits, update, config):
     """One run, from its seed to its errors at every point: means of |error| over the spread."""
     net, examples = MultiTaskNet(config.width, config.interactions), splits["train"]
     init_key, batch_key, probe_key = jax.random.split(jax.random.key(run.seeds), 3)
@@ -266,7 +266,7 @@ def train(run, splits, method, config):
             seen["cosines"] = cosines[:num_tasks, num_tasks:]
         return (state, jnp.mean(seen["validation"])), seen
 
-    tx = make_optimiser(method, len(run.tasks), run.learning_rates, config)
+    tx = make_optimiser(update, len(run.tasks), run.learning_rates, config)
     first = jax.tree.map(lambda each: each[0], examples)
     params = net.init(init_key, first)["params"]
     state = SurgeryTrainState.create(apply_fn=net.apply, params=params, tx=tx)
@@ -277,6 +277,11 @@ def train(run, splits, method, config):
 
 
 # --- All runs of a method
+
+
+@functools.cache
+def make_train_runs(update, config):
+    return jax.jit(jax.vmap(functools.partial(train, update=update, config=config), (0, None)))
 
 
 def choose_points(validation, references):
@@ -304,8 +309,9 @@ def train_method(method, config, splits, spread, references):
 
     `references` are the validation errors of the single-task networks, or None for themselves.
     """
-    one_run = functools.partial(train, method=method, config=config)
-    train_runs = jax.jit(jax.vmap(one_run, (0, None)))
+    # One program for what differs in the weights of the losses only, or in where results go.
+    update = "sum" if method in ("single", "linear") else method
+    train_runs = make_train_runs(update, dataclasses.replace(config, out=Path()))
     numbers = np.arange(len(TASKS))
     # A seed has one network, or one a task, each with a learning rate of its own.
     groups = numbers[:, None] if method == "single" else numbers[None, :]
