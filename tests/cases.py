@@ -444,7 +444,7 @@ FROM_THE_COORDINATES = {
         draws_per_leaf=True,
     ),
     "trimmed_mean": Case(
-        make=lambda num_tasks: surgery.trimmed_mean(num_tasks > 2),
+        make=lambda num_tasks: surgery.trimmed_mean(int(num_tasks > 2)),
         rule=lambda jacobian, losses: papers_coordinates.trimmed_mean(jacobian, len(jacobian) > 2),
         coordinates=True,
     ),
@@ -496,3 +496,5 @@ FROM_THE_COORDINATES = {
 }
 
 CASES = BASELINES | FROM_THE_GRAMIAN | FROM_THE_LOSSES | FROM_THE_COORDINATES
+# Every method with its defaults. The other rows have other arguments, and differ in the rule only.
+METHODS = {name: case for name, case in CASES.items() if hasattr(surgery, name)}

@@ -1,11 +1,39 @@
 """Settings of the whole test run."""
 
+import gc
 import os
 
 # The tests compile thousands of small programs, each to run it a few times.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 # A broadcast that nobody wrote is a bug in code that mixes T-sized and (T, T) arrays.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# JAX keeps the programs, millions of objects: walking over them took half of the run.
+gc.set_threshold(1_000_000, 10, 1_000)
+
+
+def group_of(item):
+    """What a test shares programs with: the tests of its method or wrapper, or of its file."""
+    callspec = getattr(item, "callspec", None)
+    for argument in ("case", "name"):
+        if callspec and argument in callspec.params:
+            kind = callspec.params[argument]
+            return kind if isinstance(kind, str) else f"case {kind.make.__code__.co_firstlineno}"
+    return item.path.name
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one group run in one process, so that each program is compiled once."""
+    for item in items:
+        if group_of(item) != item.path.name:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops the programs of a group: a process that holds thousands of them breaks down."""
+    if nextitem is not None and group_of(item) != group_of(nextitem):
+        jax.clear_caches()

@@ -216,32 +216,30 @@ def fair(jacobian, fairness, factors=None):
     log_loads = np.log(factors) + (1 - fairness) * np.log(norms)
     log_unit = log_loads.max() / (1 + fairness)
     loads = np.exp(log_loads - (1 + fairness) * log_unit)
-    logs = np.log(loads) / (1 + fairness)
+    y = loads ** (1 / (1 + fairness))
 
-    def gap(logs):  # in logarithms of y, where Newton's method needs no bounds
-        return cosines @ np.exp(logs) - (loads / np.exp(logs)) ** (1 / fairness)
+    def gap(y):
+        return cosines @ y - (loads / y) ** (1 / fairness)
 
-    def value(logs):
-        y = np.exp(logs)
+    def values(points):
         power = 1 - 1 / fairness
-        gain = np.log(y) if fairness == 1 else y**power / power
-        return y @ cosines @ y / 2 - loads ** (1 / fairness) @ gain
+        gains = np.log(points) if fairness == 1 else points**power / power
+        squares = np.sum(points @ cosines * points, axis=1)
+        return squares / 2 - gains @ loads ** (1 / fairness)
 
+    lengths = 0.5 ** np.arange(41)
     for _ in range(2000):
-        y = np.exp(logs)
-        gradient = gap(logs)
+        gradient = gap(y)
         curvature = (loads ** (1 / fairness)) / fairness * y ** (-1 / fairness - 1)
         step = -np.linalg.solve(cosines + np.diag(curvature), gradient)
         decrement = -gradient @ step
-        length = min(1.0, 0.9 / max(np.max(-step / y), 1e-9))
-        while value(np.log(y + length * step)) > value(logs) - 1e-4 * length * decrement:
-            length /= 2
-            if length < 1e-12:
-                break
-        logs = np.log(y + length * step)
-        if decrement < 1e-26 * (y @ cosines @ y):
+        tried = lengths * min(1.0, 0.9 / max(np.max(-step / y), 1e-9))
+        enough = values(y + tried[:, None] * step) <= values(y[None])[0] - 1e-4 * tried * decrement
+        # Full steps end it where the change of the objective drowns in its rounding.
+        y = y + tried[np.argmax(enough)] * step
+        if decrement < 1e-26 * (y @ cosines @ y) or not enough.any():
             break
-    return np.exp(logs + log_unit) @ units
+    return np.exp(log_unit) * y @ units
 
 
 def pivrg_factors(scores, bound, min_temperature):

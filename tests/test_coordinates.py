@@ -345,10 +345,13 @@ def test_sdmgrad_equals_the_papers_rule(preference):
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 10, 20])
 def test_sdmgrad_with_the_authors_learning_rate(num_tasks):
-    # in float64: rounding errors grow with every iteration
+    # In float64, as rounding errors grow with every iteration, and without the deficient ones,
+    # whose rows are exactly parallel for two tasks: that is a tie, which rounding decides.
+    draws = 7
+    batch = np.delete(jacobians(num_tasks, 24, draws), np.s_[draws : 2 * draws], axis=0)
     with jax.enable_x64(True):
         tx = surgery.sdmgrad(num_tasks)
-        for jacobian in jacobians(num_tasks, size=24, draws=7):
+        for jacobian in batch:
             state = tx.init(jnp.zeros(24))
             update, _ = tx.update(jacobian, state, gramian=surgery.gramian(jacobian))
             expected = papers.sdmgrad(*[jacobian[None]] * 3)[0][0]

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from tests.cases import CASES
+from tests.cases import METHODS
 
 NUM_TASKS = 4
 INPUTS = jax.random.normal(jax.random.key(0), (16, 5))
@@ -20,7 +20,7 @@ PARAMS = {
     "heads": [jax.random.normal(jax.random.key(3 + task), (6,)) for task in range(NUM_TASKS)],
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_case = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
 
 
 def encode(trunk, inputs):
@@ -88,32 +88,39 @@ def test_tasks_with_data_of_their_own(chunk_size):
         assert_close(jax.tree.map(lambda leaf, task=task: leaf[task], task_grads), grad)
 
 
+def assert_streamed_is_stacked(case, dtype, tolerance):
+    params, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, INPUTS))
+    tx = case.surgery(NUM_TASKS)
+    state = tx.init(params)
+    fn = jax.jit(surgery.surgery_value_and_grad(losses_fn, tx))
+    (losses, grads), new_state = fn(params, state, inputs)
+    task_grads = jax.jacrev(losses_fn)(params, inputs)
+    extra_args = {"losses": losses}
+    if case.needs_gramian:
+        extra_args["gramian"] = surgery.gramian(task_grads)
+    expected, expected_state = tx.update(task_grads, state, params, **extra_args)
+    assert_close(grads, expected, tolerance)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        new_state,
+        expected_state,
+    )
+
+
 @every_case
-@pytest.mark.parametrize("x64", [False, True])
-def test_the_streamed_update_is_the_stacked_one(case, x64):
-    with jax.enable_x64(x64):
-        dtype = jnp.float64 if x64 else jnp.float32
-        params, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, INPUTS))
+def test_the_streamed_update_is_the_stacked_one(case):
+    if case.coordinates:
         tx = case.surgery(NUM_TASKS)
-        fn = surgery.surgery_value_and_grad(losses_fn, tx)
-        state = tx.init(params)
-        if case.coordinates:
-            with pytest.raises(ValueError, match="Expected no Gramian, got one at"):
-                fn(params, state, inputs)
-            return
-        (losses, grads), new_state = jax.jit(fn)(params, state, inputs)
-        task_grads = jax.jacrev(losses_fn)(params, inputs)
-        extra_args = {"losses": losses}
-        if case.needs_gramian:
-            extra_args["gramian"] = surgery.gramian(task_grads)
-        expected, expected_state = tx.update(task_grads, state, params, **extra_args)
-        tolerance = 10 * case.tolerance_x64 if x64 else 10 * case.tolerance
-        assert_close(grads, expected, tolerance)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-            new_state,
-            expected_state,
-        )
+        with pytest.raises(ValueError, match="Expected no Gramian, got one at"):
+            surgery.surgery_value_and_grad(losses_fn, tx)(PARAMS, tx.init(PARAMS), INPUTS)
+        return
+    with jax.enable_x64(True):
+        assert_streamed_is_stacked(case, jnp.float64, 10 * case.tolerance_x64)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "aligned_mtl", "mgda", "famo"])
+def test_the_streamed_update_is_the_stacked_one_in_float32(name):
+    assert_streamed_is_stacked(METHODS[name], jnp.float32, 10 * METHODS[name].tolerance)
 
 
 SHARED = {
@@ -197,6 +204,17 @@ def test_shared_parameters_are_found_in_the_program_and_not_by_zeros():
         found = surgery.infer_shared(losses_fn, params, INPUTS)
         assert found["trunk"] == {"kernel": True, "bias": True}
         assert found["heads"] == [False] * NUM_TASKS
+
+
+def test_taking_the_outputs_of_the_heads_apart_does_not_make_the_heads_shared():
+    def losses_fn(params):
+        outputs = jnp.stack([params["trunk"] * params["first"], params["trunk"] * params["second"]])
+        first, second = list(outputs.T.T)
+        return [jnp.sum(first), jnp.sum(second**2)]
+
+    params = {name: jnp.ones(3) for name in ("trunk", "first", "second")}
+    found = surgery.infer_shared(losses_fn, params)
+    assert found == {"trunk": True, "first": False, "second": False}
 
 
 def test_heads_are_told_apart_through_concatenation_jit_and_reduction():

