@@ -17,11 +17,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 _FEW_TASKS = 16
 # Blocks of few tasks have _CHUNKS x _TERMS x _LANES coordinates: the threads share out the
 # chunks, terms are added up in registers, and lanes keep sums of their own, as vector
-# instructions need. A chunk fits the first cache; with 136 lanes, not 128, its rows do not lie
-# 4,096 bytes apart, where all would compete for the same lines of it.
-_CHUNKS, _TERMS, _LANES = 8, 8, 136
-# Blocks of many tasks have this many numbers, 2 MB.
+# instructions need. Blocks of many tasks have _BLOCK_SIZE numbers. These were the fastest of
+# those tried on 2 cores; with 4 terms, XLA 0.10.2 writes no vector instructions at all.
+_CHUNKS, _TERMS, _LANES = 8, 8, 104
 _BLOCK_SIZE = 2**19
+# Below this many blocks a loop is not worth its compilation.
+_LEAST_BLOCKS = 4
 
 
 def leaf_gramian(
@@ -121,16 +122,15 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     """Reads the rows block by block, so that a block is in the caches for all its products.
 
     XLA hands matrix products to libraries that first bring both factors into another layout,
-    which for few rows costs as much as the product, and reads all of a long row before the
-    next. For few tasks, elementwise products make one kernel of loads and multiply-adds.
+    which for few rows costs as much as the product, and that read all of a long row before the
+    next. For few tasks, elementwise products become one loop of loads and multiply-adds.
     """
     num_tasks = left.shape[0]
     left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
-    num_coordinates = left.shape[1]
     few = num_tasks <= _FEW_TASKS
-    size = _CHUNKS * _TERMS * _LANES if few else max(1, _BLOCK_SIZE // num_tasks)
-    num_blocks = num_coordinates // size
-    if num_blocks < 8:
+    size = _CHUNKS * _TERMS * _LANES if few else max(_BLOCK_SIZE // num_tasks, 1)
+    num_blocks = left.shape[1] // size
+    if num_blocks < _LEAST_BLOCKS:
         return _gramian_dot(left, right, scale, dtype=dtype)
 
     def block(rows, number):
@@ -138,49 +138,55 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
         return _read(part, scale, dtype)
 
     def zeros(*shape):
-        return lax.full_like(left, 0, dtype, shape)
-
-    def vector_products(number, sums):
-        lefts, rights = (_chunks(block(rows, number)) for rows in (left, right))
-        return [
-            functools.reduce(
-                jnp.add,
-                [lefts[:, i:j, None, k] * rights[:, None, first:, k] for k in range(_TERMS)],
-                total,
-            )
-            for (i, j, first), total in zip(groups, sums, strict=True)
-        ]
-
-    def matrix_product(number, total):
-        return total + _gramian_dot(block(left, number), block(right, number), dtype=dtype)
+        return lax.full_like(left, 0, dtype, shape)  # varies over a manual mesh as the rows do
 
     if few:
-        # the upper triangle, in a few rectangles
-        height = -(-num_tasks // 4)
-        starts = range(0, num_tasks, height) if symmetric else [0]
-        groups = [
-            (i, min(i + height, num_tasks), i) if symmetric else (0, num_tasks, 0) for i in starts
-        ]
-        sums = [zeros(_CHUNKS, j - i, num_tasks - first, _LANES) for i, j, first in groups]
-        sums = lax.fori_loop(0, num_blocks, vector_products, sums)
-        total = jnp.concatenate(
-            [
-                jnp.pad(jnp.sum(part, axis=(0, 3)), ((0, 0), (first, 0)))
-                for part, (_, _, first) in zip(sums, groups, strict=True)
-            ]
-        )
-        if symmetric:
-            total = jnp.triu(total) + jnp.triu(total, 1).T
+        total = _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric)
     else:
-        total = lax.fori_loop(0, num_blocks, matrix_product, zeros(num_tasks, num_tasks))
+        total = lax.fori_loop(
+            0,
+            num_blocks,
+            lambda number, total: (
+                total + _gramian_dot(block(left, number), block(right, number), dtype=dtype)
+            ),
+            zeros(num_tasks, num_tasks),
+        )
     rest_of_left, rest_of_right = (rows[:, num_blocks * size :] for rows in (left, right))
     return total + _gramian_dot(rest_of_left, rest_of_right, scale, dtype=dtype)
 
 
-def _chunks(block):
-    """(T, _CHUNKS * _TERMS * _LANES) as (_CHUNKS, T, _TERMS, _LANES), a chunk in one piece."""
-    split = block.reshape(block.shape[0], _CHUNKS, _TERMS, _LANES)
-    return lax.optimization_barrier(split.swapaxes(0, 1))
+def _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric):
+    num_tasks = left.shape[0]
+    # Rows i to j times rows k and later: of a symmetric Gramian about the upper triangle.
+    height = -(-num_tasks // 4) if symmetric else num_tasks
+    starts = range(0, num_tasks, height)
+    rectangles = [(i, min(i + height, num_tasks), i if symmetric else 0) for i in starts]
+
+    def chunks(rows, number):
+        split = block(rows, number).reshape(num_tasks, _CHUNKS, _TERMS, _LANES)
+        return split.swapaxes(0, 1)
+
+    def add_block(number, sums):
+        lefts = chunks(left, number)
+        rights = lefts if symmetric else chunks(right, number)
+        return [
+            functools.reduce(
+                jnp.add,
+                [lefts[:, i:j, None, term] * rights[:, None, k:, term] for term in range(_TERMS)],
+                total,
+            )
+            for (i, j, k), total in zip(rectangles, sums, strict=True)
+        ]
+
+    sums = [zeros(_CHUNKS, j - i, num_tasks - k, _LANES) for i, j, k in rectangles]
+    sums = lax.fori_loop(0, num_blocks, add_block, sums)
+    total = jnp.concatenate(
+        [
+            jnp.pad(jnp.sum(part, axis=(0, 3)), ((0, 0), (k, 0)))
+            for part, (_, _, k) in zip(sums, rectangles, strict=True)
+        ]
+    )
+    return jnp.triu(total) + jnp.triu(total, 1).T if symmetric else total
 
 
 def _combination_dot(weights, rows, sharding=None):
