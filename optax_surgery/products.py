@@ -6,6 +6,7 @@ when the program is lowered. All give the same sums, at the highest precision, a
 a copy of the rows.
 """
 
+import collections
 import functools
 
 import jax
@@ -25,37 +26,46 @@ _BLOCK_SIZE = 2**19
 _LEAST_BLOCKS = 4
 
 
-def leaf_gramian(
-    left: jax.Array, right: jax.Array, *, dtype: jnp.dtype, scale: jax.Array | None = None
+def gramian_of_leaves(
+    leaves: list[tuple[jax.Array, ...]], *, dtype: jnp.dtype, scale: jax.Array | None = None
 ) -> jax.Array:
-    """The inner products of the rows of one leaf, over all its coordinates.
+    """The inner products of rows, over all coordinates of all leaves.
 
     Args:
-      left: (T, *shape), of any floating dtype.
-      right: the same shape; mostly the same array, whose Gramian is symmetric.
+      leaves: for each leaf the rows (T, *shape), or two such stacks of which to multiply each
+        row of the first with each of the second; of any floating dtype.
       dtype: of the sums, float32 or float64.
       scale: () a factor for all rows, or None.
 
     Returns:
-      (T, T), entry (i, j) is left_i . right_j.
+      (T, T).
     """
-    sharding = jax.typeof(left).sharding
-    axes = _explicit_axes(sharding)
-    operands = (left, right) if scale is None else (left, right, scale)
-    form = functools.partial(_gramian, symmetric=right is left, dtype=dtype)
-    if not axes:
-        return form(*operands)
-    if sharding.spec[0] is not None or jax.typeof(right).sharding != sharding:
-        return _gramian_dot(*operands, dtype=dtype, sharding=_replicated(sharding, 2))
-    # Every device takes the form of its own shard.
-    specs = (sharding.spec, sharding.spec, PartitionSpec())[: len(operands)]
-    return jax.shard_map(
-        lambda *shards: lax.psum(form(*shards), axes),
-        mesh=sharding.mesh,
-        in_specs=specs,
-        out_specs=PartitionSpec(),
-        axis_names=set(axes),
-    )(*operands)
+    # On explicit axes every device takes the form of its own shards, and there is one
+    # all-reduce for all leaves that are sharded over the same axes.
+    alike = collections.defaultdict(list)
+    for stacks in leaves:
+        alike[_sharded_over(stacks[0])].append(stacks)
+
+    def sum_of_gramians(leaves, scale):
+        return functools.reduce(
+            jnp.add, [_leaf_gramian(stacks, scale, dtype=dtype) for stacks in leaves]
+        )
+
+    sums = []
+    for (mesh, axes), some in alike.items():
+        if not axes:
+            sums.append(sum_of_gramians(some, scale))
+            continue
+        specs = jax.tree.map(lambda rows: jax.typeof(rows).sharding.spec, some)
+        in_shards = jax.shard_map(
+            lambda *operands, axes=axes: lax.psum(sum_of_gramians(*operands), axes),
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec()),
+            out_specs=PartitionSpec(),
+            axis_names=set(axes),
+        )
+        sums.append(in_shards(some, scale))
+    return functools.reduce(jnp.add, sums)
 
 
 def leaf_combination(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -69,7 +79,7 @@ def leaf_combination(weights: jax.Array, rows: jax.Array) -> jax.Array:
       (*shape), sum_i weights_i rows_i.
     """
     sharding = jax.typeof(rows).sharding
-    if _explicit_axes(sharding) and sharding.spec[0] is not None:
+    if _is_sharded_by_task(sharding):
         result = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         return _combination_dot(weights, rows, sharding=result)
     return lax.platform_dependent(
@@ -82,21 +92,26 @@ def leaf_combination(weights: jax.Array, rows: jax.Array) -> jax.Array:
     )
 
 
-def _gramian(left, right, scale=None, *, symmetric, dtype):
-    # A loop over blocks of a leaf that the partitioner shards would gather it.
-    blocked = functools.partial(_gramian_cpu, symmetric=symmetric)
-    forms = {
-        "cpu": _gramian_dot if _may_be_partitioned(left) else blocked,
-        "tpu": functools.partial(_gramian_tpu, symmetric=symmetric),
-        "cuda": functools.partial(_gramian_gpu, symmetric=symmetric),
-        "default": _gramian_dot,
-    }
-    forms = {name: functools.partial(form, dtype=dtype) for name, form in forms.items()}
+def _leaf_gramian(stacks, scale, *, dtype):
+    left, right = stacks[0], stacks[-1]
     operands = (left, right) if scale is None else (left, right, scale)
+    sharding = jax.typeof(left).sharding
+    if _is_sharded_by_task(sharding):  # what to multiply is not on one device yet
+        replicated = NamedSharding(sharding.mesh, PartitionSpec(None, None))
+        return _gramian_dot(*operands, dtype=dtype, sharding=replicated)
+    # A loop over blocks of a leaf that the partitioner shards would gather it.
+    cpu = _gramian_dot if _may_be_partitioned(left) else _gramian_cpu
+    forms = {"cpu": cpu, "tpu": _gramian_tpu, "cuda": _gramian_gpu, "default": _gramian_dot}
+    symmetric = len(stacks) == 1
+    forms = {
+        name: functools.partial(form, dtype=dtype, symmetric=symmetric)
+        for name, form in forms.items()
+    }
     return lax.platform_dependent(*operands, **forms)
 
 
-def _gramian_dot(left, right, scale=None, *, dtype, sharding=None):
+def _gramian_dot(left, right, scale=None, *, dtype, symmetric=False, sharding=None):
+    del symmetric
     left, right = (_read(rows, scale, dtype) for rows in (left, right))
     axes = tuple(range(1, left.ndim))
     return lax.dot_general(
@@ -219,14 +234,18 @@ def _read(rows, scale, dtype):
     return rows if scale is None else rows * scale
 
 
-def _explicit_axes(sharding):
-    """The axes of a mesh that are explicit, and that the type of an array therefore names."""
-    types = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Explicit)
+def _sharded_over(rows):
+    """The mesh, and the explicit axes of it that the coordinates of the rows are sharded over."""
+    sharding = jax.typeof(rows).sharding
+    _, *named = sharding.spec
+    if _is_sharded_by_task(sharding):
+        named = []
+    names = [(name,) if isinstance(name, str) else name for name in named if name]
+    return sharding.mesh, sum(names, start=())
 
 
-def _replicated(sharding, ndim):
-    return NamedSharding(sharding.mesh, PartitionSpec(*[None] * ndim))
+def _is_sharded_by_task(sharding):
+    return sharding.spec[0] is not None
 
 
 def _may_be_partitioned(rows):

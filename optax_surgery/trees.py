@@ -109,7 +109,7 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
     check_task_updates(task_updates)
     if other is not None:
         check_task_updates(other, jax.tree.map(lambda leaf: leaf[0], task_updates))
-    return _scaled_gramian(task_updates, task_updates if other is None else other, None)
+    return _scaled_gramian(task_updates, other, None)
 
 
 def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
@@ -143,7 +143,7 @@ def gramian_and_scale(task_updates: optax.Updates) -> tuple[jax.Array, jax.Array
     found = lax.cond(
         _everywhere(in_range),
         lambda: plain,
-        lambda: jnp.where(in_range, plain, _scaled_gramian(task_updates, task_updates, scale)),
+        lambda: jnp.where(in_range, plain, _scaled_gramian(task_updates, None, scale)),
     )
     return found, jnp.where(in_range, 1, scale)
 
@@ -346,16 +346,11 @@ def merge(mask: list[bool], chosen: list[Any], others: list[Any], like: Any) -> 
 
 
 def _scaled_gramian(
-    task_updates: optax.Updates, other: optax.Updates, scale: jax.Array | None
+    task_updates: optax.Updates, other: optax.Updates | None, scale: jax.Array | None
 ) -> jax.Array:
-    dtype = gramian_dtype((task_updates, other))
-
-    def leaf_gramian(left, right):
-        left = jnp.asarray(left)
-        right = left if other is task_updates else jnp.asarray(right)
-        return products.leaf_gramian(left, right, dtype=dtype, scale=scale)
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates, other))
+    trees = [task_updates] if other is None else [task_updates, other]
+    leaves = zip(*(map(jnp.asarray, jax.tree.leaves(tree)) for tree in trees), strict=True)
+    return products.gramian_of_leaves(list(leaves), dtype=gramian_dtype(trees), scale=scale)
 
 
 def _check_structure(task_updates: optax.Updates, params: optax.Params) -> None:
