@@ -109,7 +109,7 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
     check_task_updates(task_updates)
     if other is not None:
         check_task_updates(other, jax.tree.map(lambda leaf: leaf[0], task_updates))
-    return _scaled_gramian(task_updates, task_updates if other is None else other, 1.0)
+    return _scaled_gramian(task_updates, task_updates if other is None else other, None)
 
 
 def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
@@ -196,8 +196,7 @@ def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
 
     def combine_leaf(leaf):
         leaf = jnp.asarray(leaf)
-        rows = leaf.astype(gramian_dtype(leaf))
-        total = products.leaf_combination(weights.astype(rows.dtype), rows)
+        total = products.leaf_combination(weights.astype(gramian_dtype(leaf)), leaf)
         return total.astype(leaf.dtype)
 
     return jax.tree.map(combine_leaf, task_updates)
@@ -347,13 +346,14 @@ def merge(mask: list[bool], chosen: list[Any], others: list[Any], like: Any) -> 
 
 
 def _scaled_gramian(
-    task_updates: optax.Updates, other: optax.Updates, scale: jax.Array | float
+    task_updates: optax.Updates, other: optax.Updates, scale: jax.Array | None
 ) -> jax.Array:
     dtype = gramian_dtype((task_updates, other))
 
     def leaf_gramian(left, right):
-        left, right = (jnp.asarray(leaf).astype(dtype) * scale for leaf in (left, right))
-        return products.leaf_gramian(left, right)
+        left = jnp.asarray(left)
+        right = left if other is task_updates else jnp.asarray(right)
+        return products.leaf_gramian(left, right, dtype=dtype, scale=scale)
 
     return jax.tree.reduce(jnp.add, jax.tree.map(leaf_gramian, task_updates, other))
 
