@@ -7,6 +7,7 @@ a copy of the rows.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ _FEW_TASKS = 16
 _CHUNKS, _TERMS, _LANES = 8, 8, 136
 # Blocks of many tasks have this many numbers, 2 MB.
 _BLOCK_SIZE = 2**19
+# Up to this many coordinates, the Gramian on a GPU is one kernel that reads them again and again.
+_FEW_COORDINATES = 2048
 
 
 def leaf_gramian(
@@ -95,9 +98,9 @@ def _gramian(left, right, scale=None, *, symmetric, dtype):
     return lax.platform_dependent(*operands, **forms)
 
 
-def _gramian_dot(left, right, scale=None, *, dtype, sharding=None):
+def _gramian_dot(left, right, scale=None, *, dtype, axes=None, sharding=None):
     left, right = (_read(rows, scale, dtype) for rows in (left, right))
-    axes = tuple(range(1, left.ndim))
+    axes = tuple(range(1, left.ndim)) if axes is None else axes
     return lax.dot_general(
         left,
         right,
@@ -108,13 +111,76 @@ def _gramian_dot(left, right, scale=None, *, dtype, sharding=None):
 
 
 def _gramian_tpu(left, right, scale=None, *, symmetric, dtype):
+    """Contracts the axis along the lanes last, else XLA first copies the rows into that order.
+
+    A TPU keeps an array in tiles of 8 sublanes x 128 lanes. Of the last two axes the last one lies
+    along the lanes, unless the other way fills the tiles better.
+    """
     del symmetric
-    return _gramian_dot(left, right, scale, dtype=dtype)
+    axes = list(range(1, left.ndim))
+    if len(axes) > 1:
+        *_, rows, columns = left.shape
+        if _tiled(columns, rows) < _tiled(rows, columns):
+            axes[-2:] = axes[:-3:-1]
+    return _gramian_dot(left, right, scale, dtype=dtype, axes=tuple(axes))
+
+
+def _tiled(sublanes, lanes):
+    """How many numbers a matrix takes in a TPU's memory."""
+    return math.ceil(sublanes / 8) * math.ceil(lanes / 128)
 
 
 def _gramian_gpu(left, right, scale=None, *, symmetric, dtype):
-    del symmetric
-    return _gramian_dot(left, right, scale, dtype=dtype)
+    """A batch of products over short pieces of the rows, then their sum.
+
+    To occupy a whole GPU, XLA splits a product of few rows into many, and where their length
+    does not divide evenly it first copies the rows to pad them. It leaves a batch alone that is
+    already large, or whose pieces are short.
+    """
+    if _may_be_partitioned(left):
+        return _gramian_dot(left, right, scale, dtype=dtype)
+    num_tasks = left.shape[0]
+    left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
+    num_coordinates = left.shape[1]
+    if num_coordinates <= _FEW_COORDINATES:
+        return _gramian_elementwise(left, right, scale, dtype=dtype)
+    if length := _piece_length(num_coordinates):
+        return _gramian_pieces(left, right, scale, dtype=dtype, length=length)
+    if num_coordinates <= 8 * _FEW_COORDINATES:
+        return _gramian_elementwise(left, right, scale, dtype=dtype)
+
+    # No divisor will do: a loop over blocks that have one, of 16 MB, which the cache holds.
+    num_blocks = max(8, left.nbytes // 2**24)
+    size = num_coordinates // num_blocks // 128 * 128
+    num_blocks = num_coordinates // size
+
+    def add_block(number, total):
+        block = [lax.dynamic_slice_in_dim(rows, number * size, size, 1) for rows in (left, right)]
+        return total + _gramian_pieces(*block, scale, dtype=dtype, length=_piece_length(size))
+
+    total = lax.fori_loop(0, num_blocks, add_block, jnp.zeros((num_tasks, num_tasks), dtype))
+    rest = [rows[:, num_blocks * size :] for rows in (left, right)]
+    return total + _gramian_elementwise(*rest, scale, dtype=dtype)
+
+
+def _piece_length(num_coordinates):
+    """The greatest divisor that gives many pieces or short ones, 0 if it is very short."""
+    longest = max(511, num_coordinates // 512)
+    length = next(size for size in range(longest, 0, -1) if num_coordinates % size == 0)
+    return length if length >= 64 else 0
+
+
+def _gramian_pieces(left, right, scale=None, *, dtype, length):
+    left, right = (
+        _read(rows, scale, dtype).reshape(rows.shape[0], -1, length) for rows in (left, right)
+    )
+    axes = (((2,), (2,)), ((1,), (1,)))
+    return jnp.sum(lax.dot_general(left, right, axes, precision=lax.Precision.HIGHEST), axis=0)
+
+
+def _gramian_elementwise(left, right, scale=None, *, dtype):
+    left, right = (_read(rows, scale, dtype) for rows in (left, right))
+    return jnp.sum(left[:, None] * right[None, :], axis=2)
 
 
 def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
