@@ -8,6 +8,7 @@ a copy of the rows.
 
 import collections
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ _CHUNKS, _TERMS, _LANES = 8, 8, 104
 _BLOCK_SIZE = 2**19
 # Below this many blocks a loop is not worth its compilation.
 _LEAST_BLOCKS = 4
+# Up to this many coordinates, the Gramian on a GPU is one kernel that reads them again and again.
+_FEW_COORDINATES = 2048
 
 
 def gramian_of_leaves(
@@ -110,10 +113,10 @@ def _leaf_gramian(stacks, scale, *, dtype):
     return lax.platform_dependent(*operands, **forms)
 
 
-def _gramian_dot(left, right, scale=None, *, dtype, symmetric=False, sharding=None):
+def _gramian_dot(left, right, scale=None, *, dtype, symmetric=False, axes=None, sharding=None):
     del symmetric
     left, right = (_read(rows, scale, dtype) for rows in (left, right))
-    axes = tuple(range(1, left.ndim))
+    axes = tuple(range(1, left.ndim)) if axes is None else axes
     return lax.dot_general(
         left,
         right,
@@ -124,13 +127,83 @@ def _gramian_dot(left, right, scale=None, *, dtype, symmetric=False, sharding=No
 
 
 def _gramian_tpu(left, right, scale=None, *, symmetric, dtype):
+    """Contracts the axis along the lanes last, else XLA first copies the rows into that order.
+
+    A TPU keeps an array in tiles of 8 sublanes x 128 lanes. Of the last two axes the last one lies
+    along the lanes, unless the other way fills the tiles better.
+    """
     del symmetric
-    return _gramian_dot(left, right, scale, dtype=dtype)
+    axes = list(range(1, left.ndim))
+    if len(axes) > 1:
+        *_, rows, columns = left.shape
+        if _tiled(columns, rows) < _tiled(rows, columns):
+            axes[-2:] = axes[:-3:-1]
+    return _gramian_dot(left, right, scale, dtype=dtype, axes=tuple(axes))
+
+
+def _tiled(sublanes, lanes):
+    """How many numbers a matrix takes in a TPU's memory."""
+    return math.ceil(sublanes / 8) * math.ceil(lanes / 128)
 
 
 def _gramian_gpu(left, right, scale=None, *, symmetric, dtype):
-    del symmetric
-    return _gramian_dot(left, right, scale, dtype=dtype)
+    """A batch of products over short pieces of the rows, then their sum.
+
+    To occupy a whole GPU, XLA splits a product of few rows into many, and where their length
+    does not divide evenly it first copies the rows to pad them. It leaves a batch alone that is
+    already large, or whose pieces are short.
+    """
+    if _may_be_partitioned(left):
+        return _gramian_dot(left, right, scale, dtype=dtype)
+    num_tasks = left.shape[0]
+    left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
+    num_coordinates = left.shape[1]
+    if num_coordinates <= _FEW_COORDINATES:
+        return _gramian_elementwise(left, right, scale, dtype=dtype)
+    if length := _piece_length(num_coordinates):
+        return _gramian_pieces(left, right, scale, dtype=dtype, length=length)
+    if num_coordinates <= 8 * _FEW_COORDINATES:
+        return _gramian_elementwise(left, right, scale, dtype=dtype)
+
+    # No divisor will do: a loop over blocks that have one, of 16 MB, which the cache holds.
+    num_blocks = max(8, left.nbytes // 2**24)
+    size = num_coordinates // num_blocks // 128 * 128
+    num_blocks = num_coordinates // size
+
+    def add_block(number, total):
+        block_of_left, block_of_right = (
+            lax.dynamic_slice_in_dim(rows, number * size, size, axis=1) for rows in (left, right)
+        )
+        length = _piece_length(size)
+        return total + _gramian_pieces(
+            block_of_left, block_of_right, scale, dtype=dtype, length=length
+        )
+
+    # Zeros that vary over a manual mesh as the rows do.
+    zeros = lax.full_like(left, 0, dtype, (num_tasks, num_tasks))
+    total = lax.fori_loop(0, num_blocks, add_block, zeros)
+    rest_of_left, rest_of_right = (rows[:, num_blocks * size :] for rows in (left, right))
+    return total + _gramian_elementwise(rest_of_left, rest_of_right, scale, dtype=dtype)
+
+
+def _piece_length(num_coordinates):
+    """The greatest divisor that gives many pieces or short ones, 0 if it is very short."""
+    longest = max(511, num_coordinates // 512)
+    length = next(size for size in range(longest, 0, -1) if num_coordinates % size == 0)
+    return length if length >= 64 else 0
+
+
+def _gramian_pieces(left, right, scale=None, *, dtype, length):
+    left, right = (
+        _read(rows, scale, dtype).reshape(rows.shape[0], -1, length) for rows in (left, right)
+    )
+    axes = (((2,), (2,)), ((1,), (1,)))
+    return jnp.sum(lax.dot_general(left, right, axes, precision=lax.Precision.HIGHEST), axis=0)
+
+
+def _gramian_elementwise(left, right, scale=None, *, dtype):
+    left, right = (_read(rows, scale, dtype) for rows in (left, right))
+    return jnp.sum(left[:, None] * right[None, :], axis=2)
 
 
 def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
