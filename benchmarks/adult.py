@@ -323,7 +323,7 @@ def in_words(board, results, config):
 
 def make_figure(board, results, config):
     """Left: every method's Δm. Right: how the tasks' gradients agree, beside the control."""
-    figure = Figure(figsize=(13, 2.6 + 0.2 * len(board)), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13, max(5, 2 + 0.2 * len(board))), layout="constrained", dpi=150)
     worth, agreement = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, row in enumerate(reversed(board.values())):
         against = row["against"].get("sum")
@@ -360,9 +360,11 @@ def make_figure(board, results, config):
     agreement.fill_between(steps, low, high, color="0.85", lw=0, zorder=0)
     agreement.axhline(0, color="black", lw=0.8)
     agreement.set_xlabel("step")
-    agreement.set_ylabel("cosine of the gradients of two tasks, on two batches")
+    agreement.set_ylabel("cosine of two tasks' gradients, on two batches")
     agreement.set_title("trained on the sum; grey: the control's range over tasks", fontsize=10)
-    agreement.legend(frameon=False, fontsize=8)
+    agreement.margins(y=0.02)
+    agreement.set_ylim(top=1.75)  # room for the legend
+    agreement.legend(frameon=False, fontsize=8, loc="upper right")
     for axes in (worth, agreement):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Adult census table, four tasks, {config.seeds} seeds")

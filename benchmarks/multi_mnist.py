@@ -393,7 +393,9 @@ def make_figure(curves, comparisons, config, lengths):
     """
     others = len([method for method in config.methods if method != "sum"])
     figure = Figure(
-        figsize=(1 + max(4, 0.25 * others) * len(config.widths), 9), layout="constrained", dpi=150
+        figsize=(max(8, 1 + max(4, 0.25 * others) * len(config.widths)), 9),
+        layout="constrained",
+        dpi=150,
     )
     grid = figure.subplots(3, len(config.widths), sharey="row", squeeze=False)
     steps = np.cumsum(lengths)

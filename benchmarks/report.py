@@ -221,17 +221,19 @@ def make_figure(summaries):
         for summary in summaries
         for width, runs in settings(summary).items()
     ]
-    rows = max(len(board) for _, board in panels)
-    size = (1 + 4 * len(panels), 1.6 + 0.19 * rows)
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    for axes, (title, board) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 1.2 + 0.19 * max(len(board) for _, board in panels)
+    figure = Figure(figsize=(4.2 * columns + 1, height * rows), layout="constrained", dpi=120)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, board) in zip(figure.axes, panels, strict=False):
         draw_board(axes, board)
         axes.set_title(title, fontsize=10)
     figure.suptitle(
-        "Every seed, the mean and its 95% interval. Against sum (dotted): green better, orange "
-        "worse, grey no difference",
+        "Every seed, the mean and its 95% interval.\n"
+        "Against sum (dotted): green better, orange worse, grey no difference.",
         fontsize=10,
     )
     return figure
