@@ -40,8 +40,9 @@ from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR, NUM_CLASSES, load
 
 NUM_TASKS = 2
-# In float64 the order of sums does not show. In float32 it does: it differs with the number of
-# devices, and training, in which a conflict is there or is not, makes rounding errors grow.
+# The order of sums differs with the number of devices, and training makes rounding errors grow:
+# Adam divides the smallest gradients by their size, and a conflict is there or is not. In float64
+# what is left of them tells equal programs from unequal ones; in float32 it does not.
 DTYPES = ("float32", "float64")
 TOLERANCE = 1e-6  # of parameters trained in float64
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -282,7 +283,8 @@ def make_table(summaries):
 
 LEGEND = """\
 Time of a float32 step, the median ± half the distance of the quartiles. Apart: the largest
-difference of any trained parameter from that of one process, relative to itself.
+difference of any trained parameter from that of one process, relative to itself, which is strict
+on parameters near zero.
 """
 
 

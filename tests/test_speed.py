@@ -16,6 +16,7 @@ from benchmarks import speed
 def small_network(monkeypatch):
     network = nn.Dense(5), jax.ShapeDtypeStruct((3, 4), jnp.float32)
     monkeypatch.setitem(speed.NETWORKS, "transformer", network)
+    monkeypatch.setattr(speed, "ROUNDS", range(2, 3))
 
 
 def run(out, *options):
@@ -26,7 +27,7 @@ def run(out, *options):
 
 def test_a_small_run_writes_what_it_measured(tmp_path, capsys, monkeypatch, small_network):
     monkeypatch.setattr(speed, "torch", None)
-    results = run(tmp_path, "--tasks", "2", "3", "--seconds", "60")
+    results = run(tmp_path, "--tasks", "2", "3", "--seconds", "3600")
     cases = {(row["leaves"], row["num_tasks"]): row for row in results["results"]}
     assert set(cases) == {("transformer", 4), ("one leaf", 2), ("one leaf", 3)}
     assert cases["transformer", 4]["size"] == 25
