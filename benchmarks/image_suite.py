@@ -21,7 +21,7 @@ from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods
-from benchmarks.command_line import Parser, check_output, parse, write
+from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.statistics import delta_m, interval_95, mean_ranks, paired_tests
 from benchmarks.sweep import finished_runs, save_run
 from benchmarks.training import (
@@ -83,8 +83,9 @@ def run(make_suite, config_class, description, name, argv):
         for method in config.methods
         for seed in seeds
     }
-    picture = config.out / "curves.png"
-    check_output(parser, [picture], overwrite=True)
+    summary, picture = config.out / "results.json", config.out / "curves.png"
+    # These two are made anew from the files of the runs, whenever a sweep goes on.
+    check_output(parser, [summary, picture], overwrite=True)
     found = finished_runs(parser, config, files)
     try:
         found |= sweep(suite, config, {run: files[run] for run in files if run not in found})
@@ -92,15 +93,30 @@ def run(make_suite, config_class, description, name, argv):
         parser.error(str(error))
 
     runs = {run: found[run] for run in files}
-    deltas, ranks = compare(suite, config, runs)
+    higher, values = collect(suite, config, runs)
+    deltas, ranks = compare(higher, values)
     console = Console(highlight=False)
     console.width = max(console.width, 120)
-    findings = in_words(deltas)
+    findings = list(in_words(deltas))
     console.print(make_table(suite, config, runs, deltas, ranks), *findings, sep="\n")
     drawn = io.BytesIO()
     make_figure(suite, config, runs, deltas).savefig(drawn)
-    write({picture: drawn.getvalue()})
-    console.print(f"\nWritten: {picture} and {len(runs)} files in {config.out / 'runs'}")
+    text = as_json(
+        config,
+        metrics=list(higher),
+        higher_is_better=list(higher.values()),
+        findings=findings,
+        runs=[
+            {
+                "method": method,
+                "metrics": each,
+                "cpu_seconds": sum(runs[method, seed]["cpu_seconds"] for seed in seeds),
+            }
+            for method, each in values.items()
+        ],
+    )
+    write({summary: text, picture: drawn.getvalue()})
+    console.print(f"\nWritten: {summary}, {picture} and {len(runs)} files in {config.out / 'runs'}")
 
 
 def sweep(suite, config, files):
@@ -125,7 +141,8 @@ def sweep(suite, config, files):
             made = [(make_problem(tasks), optimiser(method, tasks, adam)) for tasks in own]
             for seed in [seed for name, seed in files if name == method]:
                 progress.update(bar, description=f"Training {method}, seed {seed}")
-                file, curves, began = files[method, seed], [], time.perf_counter()
+                began, began_cpu = time.perf_counter(), time.process_time()
+                file, curves = files[method, seed], []
                 unfinished = [file.with_suffix(f".{tasks[0]}.unfinished") for tasks in own]
                 for (problem, tx), checkpoint in zip(made, unfinished, strict=True):
                     curves.append(
@@ -145,6 +162,7 @@ def sweep(suite, config, files):
                     "metrics": {k: v for each in curves for k, v in suite.choose(each).items()},
                     "curves": curves,
                     "seconds": time.perf_counter() - began,
+                    "cpu_seconds": time.process_time() - began_cpu,
                 }
                 save_run(config, file, results)
                 for checkpoint in unfinished:
@@ -169,26 +187,30 @@ def exit_on_interrupt(main):
 # --- What the runs say
 
 
-def compare(suite, config, runs):
-    """By method: Δm of every seed against the mean of `single`, and the mean rank."""
-    tables = {
+def collect(suite, config, runs):
+    """Of the metrics that count whether higher is better, and by method (seeds, metrics)."""
+    found = {
         method: [runs[method, seed]["metrics"] for seed in range(config.seeds)]
         for method in config.methods
     }
-    higher = suite.higher_is_better(tables[config.methods[0]][0])
+    higher = suite.higher_is_better(found[config.methods[0]][0])
     # What a diverged run leaves is null in a file, NaN here.
-    values = {
-        method: np.array([[found[name] for name in higher] for found in table], float)
-        for method, table in tables.items()
+    return higher, {
+        method: np.array([[metrics[name] for name in higher] for metrics in each], float)
+        for method, each in found.items()
     }
+
+
+def compare(higher, values):
+    """By method: Δm of every seed against the mean of `single`, and the mean rank among them."""
     directions = list(higher.values())
-    means = [each.mean(axis=0) for each in values.values()]
-    ranks = dict(zip(values, mean_ranks(means, directions), strict=True))
+    joint = {method: each for method, each in values.items() if method != "single"}
+    means = [each.mean(axis=0) for each in joint.values()]
+    ranks = dict(zip(joint, mean_ranks(means, directions), strict=True)) if joint else {}
     if "single" not in values:
         return {}, ranks
     references = values["single"].mean(axis=0)
-    deltas = {m: delta_m(each, references, directions) for m, each in values.items()}
-    return {m: each for m, each in deltas.items() if m != "single"}, ranks
+    return {m: delta_m(each, references, directions) for m, each in joint.items()}, ranks
 
 
 def in_words(deltas):
@@ -218,7 +240,7 @@ def make_table(suite, config, runs, deltas, ranks):
     for method, found in shown.items():
         cells = [np.array([one[name] for one in found], float) for name in columns]
         delta = with_spread(deltas[method]) if method in deltas else ""
-        rank = f"{ranks[method]:.2f}"
+        rank = f"{ranks[method]:.2f}" if method in ranks else ""
         table.add_row(method, *(with_spread(cell) for cell in cells), delta, rank)
     return table
 

@@ -8,7 +8,9 @@ import numpy as np
 from benchmarks.command_line import as_json, write
 
 # What chooses runs, or says where things are. All other options shape the runs themselves.
-NOT_OF_A_RUN = frozenset({"methods", "widths", "data_dir", "data_file", "out", "overwrite"})
+NOT_OF_A_RUN = frozenset(
+    {"methods", "widths", "data_dir", "data_file", "download", "out", "overwrite"}
+)
 
 
 def stamp(config):

@@ -27,6 +27,7 @@ from benchmarks import (
     networks,
     nyuv2,
     office_home,
+    report,
     training,
 )
 
@@ -228,7 +229,7 @@ def run_lines(out, *options, **changes):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    out = tmp_path_factory.mktemp("lines")
+    out = tmp_path_factory.mktemp("suites") / "lines"
     return out, run_lines(out)
 
 
@@ -246,6 +247,17 @@ def test_every_run_has_a_file_and_the_sweep_a_picture(lines):
             for metric in curves["test"][0]:
                 last = np.mean([curves["test"][epoch][metric] for epoch in (1, 2)])
                 np.testing.assert_allclose(results["metrics"][metric], last)
+
+
+def test_the_report_reads_what_a_suite_writes(lines, tmp_path):
+    out, found = lines
+    report.main(["--results", str(out.parent), "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "lines.json").read_text())
+    assert summary["metrics"] == ["error 0", "error 1"]
+    by_method = {run["method"]: run["metrics"] for run in summary["runs"]}
+    assert set(by_method) == set(image_suite.DEFAULT)
+    last = found["pcgrad_1.json"]["results"]["metrics"]
+    np.testing.assert_allclose(by_method["pcgrad"][1], [*last.values()], rtol=1e-4)
 
 
 def test_a_killed_sweep_goes_on_to_the_same_figures_and_reads_no_more_than_is_missing(
