@@ -69,6 +69,9 @@ KINDS = pytest.mark.parametrize("kind", MAKERS)
 # What float32 may lose of the objective, relative to it. Rounding the entries of a Gramian of
 # condition 1e6 alone costs about as much.
 LOSS = dict.fromkeys(MAKERS, 1e-6) | {"ill-conditioned": 2e-4}
+# Newton's method stops at the rounding of its gradient. Most problems of these kinds lose 1e-12,
+# but one that is nearly unsolvable 3e-6, and two of norms far apart, for a fairness of 0.3, 4e-5.
+FAIR_LOSS = LOSS | {"deficient": 1e-5, "spread": 1e-4}
 
 
 @functools.cache
@@ -319,7 +322,7 @@ def test_fair_weights_minimise_their_objective_wherever_it_has_a_minimum(kind, f
     jacobians, factors = problems(kind), preferences(kind)
     weights, solution = solve(fair, jacobians, dtype, factors, fairness)
     shortest, _ = solve(solvers.min_norm_point, jacobians, np.float64)
-    tolerance = {np.float32: LOSS[kind] * fairness, np.float64: 1e-14}[dtype]
+    tolerance = {np.float32: FAIR_LOSS[kind] * max(fairness, 1), np.float64: 1e-14}[dtype]
     outcome = zip(jacobians, factors, weights, shortest, solution.converged, strict=True)
     for rows, factor, found, nearest, converged in outcome:
         assert np.isfinite(found).all()
