@@ -26,6 +26,7 @@ def group_of(item):
     return item.path.name
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests of one group run in one process, so that each program is compiled once."""
     for item in items:
