@@ -1,5 +1,8 @@
 """From losses to gradients: the stacked way is the oracle of the others."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,9 +305,28 @@ def deep_losses(num_tasks, width=256, depth=6, batch=16):
     return losses_fn, params
 
 
+def attentive_losses(num_tasks):
+    """A network whose activations take far more memory than its parameters: a transformer."""
+    layers = [nn.MultiHeadDotProductAttention(4), nn.LayerNorm(), nn.Dense(128), nn.gelu]
+    layers += [
+        nn.Dense(32),
+        nn.LayerNorm(),
+        nn.MultiHeadDotProductAttention(4),
+        nn.Dense(num_tasks),
+    ]
+    network = nn.Sequential(layers)
+    tokens = jax.random.normal(jax.random.key(0), (16, 32, 32))
+
+    def losses_fn(params):
+        return jnp.mean(network.apply(params, tokens) ** 2, axis=(0, 1))
+
+    return losses_fn, network.init(jax.random.key(1), tokens)
+
+
 @pytest.mark.parametrize("num_tasks", [8, 64])
-def test_streaming_takes_the_memory_of_one_gradient(num_tasks):
-    losses_fn, params = deep_losses(num_tasks)
+@pytest.mark.parametrize("make_losses", [deep_losses, attentive_losses])
+def test_streaming_takes_the_memory_of_one_gradient(make_losses, num_tasks):
+    losses_fn, params = make_losses(num_tasks)
     tx = surgery.pcgrad()
 
     def memory(fn, *args):
@@ -316,7 +338,29 @@ def test_streaming_takes_the_memory_of_one_gradient(num_tasks):
     assert streamed < 1.3 * plain
 
 
-@pytest.mark.parametrize("make", [surgery.sum, surgery.gls, surgery.scale_invariant])
+def test_a_loss_that_is_not_a_number_is_seen_in_the_update_streamed_as_stacked():
+    params = jnp.array([1.0, -1.0])
+
+    def losses_fn(params):
+        return jnp.sqrt(params) * params  # NaN for the second task, and so is its gradient
+
+    tx = surgery.pcgrad()
+    (_, streamed), _ = surgery.surgery_value_and_grad(losses_fn, tx)(params, tx.init(params))
+    _, task_grads = surgery.task_value_and_grad(losses_fn)(params)
+    stacked, _ = tx.update(task_grads, tx.init(params), params)
+    assert jnp.isnan(stacked).any()
+    assert jnp.isnan(streamed).any()
+
+
+LOSSES_ALONE = [surgery.sum, surgery.gls, surgery.scale_invariant, partial(surgery.famo, 8)]
+LOSSES_ALONE += [
+    partial(surgery.dwa, 8, window=2),
+    partial(surgery.uncertainty_weighting, 8),
+    surgery.stch,
+]
+
+
+@pytest.mark.parametrize("make", LOSSES_ALONE)
 def test_methods_of_the_losses_alone_cost_one_backward_pass(make):
     losses_fn, params = deep_losses(8)
     tx = make()
