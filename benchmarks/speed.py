@@ -634,15 +634,15 @@ def make_figure(results):
 # --- The command line
 
 
-def machine(load):
+def machine(busy):
     """What ran on what, and whether something else ran there too."""
     packages = ["jax", *(["torch", "torchjd"] if torch is not None else [])]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     kind = jax.devices()[0].device_kind
     yield f"On {kind} with {os.cpu_count()} CPU cores, {', '.join(versions)}."
-    if load > 0.5:
+    if busy > 0.5:
         yield (
-            f"When this began, other programs kept {load:.1f} cores busy: these figures are not "
+            f"When this began, other programs kept {busy:.1f} cores busy: these figures are not "
             "those of an idle machine."
         )
 
@@ -652,7 +652,7 @@ def main(argv=None):
     config = parse(parser, Config, argv)
     files = config.out / "results.json", config.out / "speed.png"
     check_output(parser, files, config.overwrite)
-    load = os.getloadavg()[0]
+    busy = psutil.cpu_percent(interval=1.0) / 100 * os.cpu_count()
     left_out = {}
     aggregators = torchjd_aggregators(config, left_out)
     jobs = plan(config, left_out)
@@ -664,7 +664,7 @@ def main(argv=None):
     for result in results.values():
         result["ratios"] = ratios(result["seconds"])
 
-    findings = [*machine(load), *in_words(results, left_out)]
+    findings = [*machine(busy), *in_words(results, left_out)]
     console = Console(highlight=False)
     console.width = max(console.width, 140)
     console.print(make_table(results), LEGEND, *findings, sep="\n", soft_wrap=True)
@@ -672,7 +672,7 @@ def main(argv=None):
     picture = io.BytesIO()
     make_figure(results).savefig(picture)
     rows = [{**case._asdict(), **result} for case, result in results.items()]
-    text = as_json(config, findings=findings, load_average=load, results=rows)
+    text = as_json(config, findings=findings, busy_cores=busy, results=rows)
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))
     console.print(f"\nWritten: {files[0]} and {files[1]}")
 

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# Up to this many tasks, products on a CPU are sums of vectors; beyond, small matrix products.
-_FEW_TASKS = 16
+# Up to so many tasks, Gramians and combinations on a CPU are sums of vectors; beyond, products of
+# matrices.
+_FEW_FOR_GRAMIAN, _FEW_FOR_COMBINATION = 64, 16
 # Blocks of few tasks have _CHUNKS x _TERMS x _LANES coordinates: the threads share out the
 # chunks, terms are added up in registers, and lanes keep sums of their own, as vector
 # instructions need. Blocks of many tasks have _BLOCK_SIZE numbers. These were the fastest of
 # those tried on 2 cores; with 4 terms, XLA 0.10.2 writes no vector instructions at all.
-_CHUNKS, _TERMS, _LANES = 8, 8, 104
+_CHUNKS, _TERMS, _LANES = 8, 16, 104
 _BLOCK_SIZE = 2**19
 # Below this many blocks a loop is not worth its compilation.
 _LEAST_BLOCKS = 4
@@ -215,8 +216,11 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     """
     num_tasks = left.shape[0]
     left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
-    few = num_tasks <= _FEW_TASKS
-    size = _CHUNKS * _TERMS * _LANES if few else max(_BLOCK_SIZE // num_tasks, 1)
+    size = _CHUNKS * _TERMS * _LANES
+    # The more tasks there are, the more there is to compile.
+    few = num_tasks <= min(_FEW_FOR_GRAMIAN, left.shape[1] // size)
+    if not few:
+        size = max(_BLOCK_SIZE // num_tasks, 1)
     num_blocks = left.shape[1] // size
     if num_blocks < _LEAST_BLOCKS:
         return _gramian_dot(left, right, scale, dtype=dtype)
@@ -246,7 +250,7 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
 def _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric):
     num_tasks = left.shape[0]
     # Rows i to j times rows k and later: of a symmetric Gramian about the upper triangle.
-    height = -(-num_tasks // 4) if symmetric else num_tasks
+    height = min(-(-num_tasks // 4), 4) if symmetric else num_tasks
     starts = range(0, num_tasks, height)
     rectangles = [(i, min(i + height, num_tasks), i if symmetric else 0) for i in starts]
 
@@ -288,7 +292,7 @@ def _combination_dot(weights, rows, sharding=None):
 
 
 def _combination_cpu(weights, rows):
-    if rows.shape[0] > _FEW_TASKS:
+    if rows.shape[0] > _FEW_FOR_COMBINATION:
         return _combination_dot(weights, rows)
     terms = [weights[i] * rows[i].astype(weights.dtype) for i in range(rows.shape[0])]
     return functools.reduce(jnp.add, terms)
