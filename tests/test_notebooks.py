@@ -15,7 +15,7 @@ def outputs(notebook):
 
 
 def test_there_are_notebooks():
-    assert {"quickstart", "landscapes"} <= {path.stem for path in NOTEBOOKS}
+    assert {"quickstart", "landscapes", "choosing_a_method"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
