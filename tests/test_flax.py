@@ -135,7 +135,8 @@ class Normalised(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, train):
-        hidden = nn.Dense(8)(inputs)
+        # A bias would have no gradient but rounding, of which Adam makes whole steps.
+        hidden = nn.Dense(8, use_bias=False)(inputs)
         hidden = nn.BatchNorm(use_running_average=not train, name="norm")(hidden)
         return nn.Dense(NUM_TASKS)(nn.relu(hidden))
 
