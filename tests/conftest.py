@@ -31,10 +31,9 @@ def group_of(item):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests of one group run in one process, so that each program is compiled once."""
+    """Tests of one group run in one process: programs and fixtures are made once."""
     for item in items:
-        if group_of(item) != item.path.name:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
 def pytest_runtest_teardown(item, nextitem):
