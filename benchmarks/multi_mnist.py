@@ -524,7 +524,7 @@ def main(argv=None):
     comparisons = compare(summaries)
     findings = list(in_words(summaries, comparisons))
     console = Console(highlight=False)
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)
     console.print(
         make_table(summaries, comparisons, times), LEGEND, *findings, sep="\n", soft_wrap=True
     )

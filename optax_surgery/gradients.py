@@ -337,9 +337,10 @@ def _is_small(primitive: Any, *factors: Any, **params: Any) -> bool:
         return False
     left, right = factors
     (contracted, _), (batch, _) = params["dimension_numbers"]
-    shared = math.prod(left.shape[axis] for axis in contracted) ** 2
-    shared *= math.prod(left.shape[axis] for axis in batch)
-    return left.size * right.size < shared * max(left.size, right.size)
+    summed = math.prod(left.shape[axis] for axis in contracted)
+    batches = math.prod(left.shape[axis] for axis in batch)
+    product_size = left.size * right.size // (summed**2 * batches) if summed * batches else 0
+    return product_size < max(left.size, right.size)
 
 
 def _apart(function: Callable[[Any], Any], argument: Any, number: jax.Array) -> Any:
