@@ -142,8 +142,7 @@ def gradient_surgery(
 
     @jax.jit  # outside of the user's `jit`, loops would be compiled anew in every call
     def operate(task_updates, state, losses, task_mask, gramian):
-        task_updates, gramian = masked_gramian(task_updates, task_mask, gramian)
-        active = jnp.ones(gramian.shape[0], bool) if task_mask is None else task_mask
+        gramian, active = masked_gramian(task_updates, task_mask, gramian)
         losses = _active_losses(losses, active, gramian.dtype)
 
         weights, weighting_state = weighting.update(
@@ -155,7 +154,7 @@ def gradient_surgery(
         )
         next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
         new_state = _next_state(active, SurgeryState(next_step, weighting_state), state)
-        return trees.combine(jnp.where(active, weights, 0), task_updates), new_state
+        return trees.combine(weights, task_updates, task_mask), new_state
 
     # optax calls the first argument `updates`; ours are per task, and say so.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
@@ -274,32 +273,31 @@ def masked_task_updates(
     task_updates: optax.Updates, task_mask: jax.Array | None
 ) -> tuple[optax.Updates, jax.Array]:
     """The gradients that a rule may see, zero where a task is masked, and the (T,) mask."""
-    num_tasks = trees.check_task_updates(task_updates)
-    if task_mask is None:
-        return task_updates, jnp.ones(num_tasks, bool)
-    task_mask = trees.check_shape("task_mask", task_mask, (num_tasks,))
-    if task_mask.dtype != bool:
-        raise ValueError(
-            f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
-            "Pass True for the tasks that take part in this step."
-        )
-    return trees.mask_tasks(task_mask, task_updates), task_mask
+    active = active_tasks(task_updates, task_mask)
+    return (task_updates if task_mask is None else trees.mask_tasks(active, task_updates)), active
 
 
 def masked_gramian(
-    task_updates: optax.Updates,
-    task_mask: jax.Array | None,
-    gramian: jax.Array | None,
-) -> tuple[optax.Updates, jax.Array]:
-    """The gradients and the Gramian that a rule may see: zero where a task is masked."""
-    task_updates, active = masked_task_updates(task_updates, task_mask)
+    task_updates: optax.Updates, task_mask: jax.Array | None, gramian: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The Gramian that a rule may see, zero where a task is masked, and the (T,) mask.
+
+    Other than `masked_task_updates`, it makes no copy of the gradients.
+    """
+    active = active_tasks(task_updates, task_mask)
+    mask = None if task_mask is None else active
     if gramian is None:
-        return task_updates, trees.gramian_in_range(task_updates)
+        return trees.gramian_in_range(task_updates, mask), active
     gramian = trees.check_shape("gramian", gramian, (active.size, active.size))
-    gramian = gramian.astype(trees.gramian_dtype(gramian))
-    if task_mask is not None:
-        gramian = jnp.where(active[:, None] & active[None, :], gramian, 0.0)
-    return task_updates, gramian
+    return trees.mask_gramian(mask, gramian.astype(trees.gramian_dtype(gramian))), active
+
+
+def active_tasks(task_updates: optax.Updates, task_mask: jax.Array | None) -> jax.Array:
+    """The (T,) mask of the tasks that take part in the step, all if the caller gave none."""
+    num_tasks = trees.check_task_updates(task_updates)
+    if task_mask is None:
+        return jnp.ones(num_tasks, bool)
+    return trees.check_task_mask(task_mask, num_tasks)
 
 
 def task_preference(preference: jax.Array | None, task_mask: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 # Up to so many tasks, Gramians and combinations on a CPU are sums of vectors; beyond, products of
 # matrices.
 _FEW_FOR_GRAMIAN, _FEW_FOR_COMBINATION = 64, 16
+# Where some are masked, the sum goes through the tasks in groups of so many.
+_GROUP_SIZE = 8
 # Blocks of few tasks have _CHUNKS x _TERMS x _LANES coordinates: the threads share out the
 # chunks, terms are added up in registers, and lanes keep sums of their own, as vector
 # instructions need. Blocks of many tasks have _BLOCK_SIZE numbers. These were the fastest of
@@ -72,24 +74,29 @@ def gramian_of_leaves(
     return functools.reduce(jnp.add, sums)
 
 
-def leaf_combination(weights: jax.Array, rows: jax.Array) -> jax.Array:
+def leaf_combination(
+    weights: jax.Array, rows: jax.Array, *, task_mask: jax.Array | None = None
+) -> jax.Array:
     """The weighted sum of the rows of one leaf.
 
     Args:
       weights: (T,) of the dtype of the sums, float32 or float64.
       rows: (T, *shape), of any floating dtype.
+      task_mask: (T,) bool, False for rows to leave out, whatever they hold; or None.
 
     Returns:
       (*shape), sum_i weights_i rows_i.
     """
+    operands = (weights, rows) if task_mask is None else (weights, rows, task_mask)
     sharding = jax.typeof(rows).sharding
     if _is_sharded_by_task(sharding):
         result = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return _combination_dot(weights, rows, sharding=result)
+        return _combination_dot(*operands, sharding=result)
+    # A loop over tasks that the partitioner shards would gather them.
+    cpu = _combination_dot if _may_be_partitioned(rows) else _combination_cpu
     return lax.platform_dependent(
-        weights,
-        rows,
-        cpu=_combination_cpu,
+        *operands,
+        cpu=cpu,
         tpu=_combination_tpu,
         cuda=_combination_gpu,
         default=_combination_dot,
@@ -136,15 +143,21 @@ def _gramian_tpu(left, right, scale=None, *, symmetric, dtype):
     del symmetric
     axes = list(range(1, left.ndim))
     if len(axes) > 1:
-        *_, rows, columns = left.shape
-        if _tiled(columns, rows) < _tiled(rows, columns):
+        num_tasks, *_, rows, columns = left.shape
+        if _tiled(num_tasks, columns, rows) < _tiled(num_tasks, rows, columns):
             axes[-2:] = axes[:-3:-1]
     return _gramian_dot(left, right, scale, dtype=dtype, axes=tuple(axes))
 
 
-def _tiled(sublanes, lanes):
-    """How many numbers a matrix takes in a TPU's memory."""
-    return math.ceil(sublanes / 8) * math.ceil(lanes / 128)
+def _tiled(num_tasks, others, lanes):
+    """What matrices take in a TPU's memory, if tasks or others lie along the sublanes."""
+    rows = min(num_tasks * _sublanes(others), others * _sublanes(num_tasks))
+    return rows * math.ceil(lanes / 128)
+
+
+def _sublanes(number):
+    """Rounded up to whole tiles; those of less than 8 sublanes have a power of two of them."""
+    return math.ceil(number / 8) * 8 if number > 4 else 1 << (number - 1).bit_length()
 
 
 def _gramian_gpu(left, right, scale=None, *, symmetric, dtype):
@@ -161,12 +174,14 @@ def _gramian_gpu(left, right, scale=None, *, symmetric, dtype):
     num_coordinates = left.shape[1]
     if num_coordinates <= _FEW_COORDINATES:
         return _gramian_elementwise(left, right, scale, dtype=dtype)
-    if length := _piece_length(num_coordinates):
-        return _gramian_pieces(left, right, scale, dtype=dtype, length=length)
+    length = _piece_length(num_coordinates)
+    if length and scale is None:
+        return _gramian_pieces(left, right, dtype=dtype, length=length)
     if num_coordinates <= 8 * _FEW_COORDINATES:
         return _gramian_elementwise(left, right, scale, dtype=dtype)
 
-    # No divisor will do: a loop over blocks that have one, of 16 MB, which the cache holds.
+    # No divisor will do, or XLA would hold all the scaled rows: a loop over blocks that have a
+    # divisor, of 16 MB, which the cache holds.
     num_blocks = max(8, left.nbytes // 2**24)
     size = num_coordinates // num_blocks // 128 * 128
     num_blocks = num_coordinates // size
@@ -196,7 +211,7 @@ def _piece_length(num_coordinates):
 
 def _gramian_pieces(left, right, scale=None, *, dtype, length):
     left, right = (
-        _read(rows, scale, dtype).reshape(rows.shape[0], -1, length) for rows in (left, right)
+        _read(rows.reshape(rows.shape[0], -1, length), scale, dtype) for rows in (left, right)
     )
     axes = (((2,), (2,)), ((1,), (1,)))
     return jnp.sum(lax.dot_general(left, right, axes, precision=lax.Precision.HIGHEST), axis=0)
@@ -281,29 +296,55 @@ def _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric):
     return jnp.triu(total) + jnp.triu(total, 1).T if symmetric else total
 
 
-def _combination_dot(weights, rows, sharding=None):
+def _combination_dot(weights, rows, task_mask=None, *, sharding=None):
+    rows = rows.astype(weights.dtype)
+    if task_mask is not None:
+        rows = jnp.where(lax.expand_dims(task_mask, range(1, rows.ndim)), rows, 0)
     return lax.dot_general(
         weights,
-        rows.astype(weights.dtype),
+        rows,
         (((0,), (0,)), ((), ())),
         precision=lax.Precision.HIGHEST,
         out_sharding=sharding,
     )
 
 
-def _combination_cpu(weights, rows):
-    if rows.shape[0] > _FEW_FOR_COMBINATION:
+def _combination_cpu(weights, rows, task_mask=None):
+    num_tasks = rows.shape[0]
+    if num_tasks <= _FEW_FOR_COMBINATION:
+        return functools.reduce(jnp.add, _terms(weights, rows, task_mask))
+    if task_mask is None:
         return _combination_dot(weights, rows)
-    terms = [weights[i] * rows[i].astype(weights.dtype) for i in range(rows.shape[0])]
-    return functools.reduce(jnp.add, terms)
+
+    # A product of matrices would first copy the rows without those that are masked.
+    def add_group(first, total, size=_GROUP_SIZE):
+        group = (
+            lax.dynamic_slice_in_dim(array, first, size) for array in (weights, rows, task_mask)
+        )
+        return functools.reduce(jnp.add, _terms(*group), total)
+
+    num_groups, rest = divmod(num_tasks, _GROUP_SIZE)
+    total = lax.full_like(rows, 0, weights.dtype, rows.shape[1:])
+    total = lax.fori_loop(
+        0, num_groups, lambda number, total: add_group(number * _GROUP_SIZE, total), total
+    )
+    return add_group(num_tasks - rest, total, rest) if rest else total
 
 
-def _combination_tpu(weights, rows):
-    return _combination_dot(weights, rows)
+def _terms(weights, rows, task_mask):
+    terms = [weight * row.astype(weights.dtype) for weight, row in zip(weights, rows, strict=True)]
+    if task_mask is None:
+        return terms
+    return [jnp.where(active, term, 0) for active, term in zip(task_mask, terms, strict=True)]
 
 
-def _combination_gpu(weights, rows):
-    return _combination_dot(weights, rows)
+def _combination_tpu(weights, rows, task_mask=None):
+    return _combination_dot(weights, rows, task_mask)
+
+
+def _combination_gpu(weights, rows, task_mask=None):
+    # Else XLA may convert bfloat16 rows once, for this and for the Gramian, and hold the result.
+    return _combination_dot(weights, lax.optimization_barrier(rows), task_mask)
 
 
 def _read(rows, scale, dtype):

@@ -64,6 +64,17 @@ def check_task_updates(task_updates: optax.Updates, params: optax.Params | None 
     return num_tasks
 
 
+def check_real(mask: list[bool], params: optax.Params) -> None:
+    """Refuses chosen parameters that have no real derivative: integers, complex numbers."""
+    for take, (path, leaf) in zip(mask, jax.tree.leaves_with_path(params), strict=True):
+        if take and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"Expected real floating-point parameters, got {jnp.result_type(leaf)} at "
+                f"'{leaf_path(path)}'. Pass other leaves to `losses_fn` as arguments of their own, "
+                "complex ones as their real and imaginary parts."
+            )
+
+
 def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns `array` as a JAX array, or raises a ValueError if its shape is not `shape`."""
     array = jnp.asarray(array)
@@ -73,6 +84,17 @@ def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
             "Pass one entry per task, in the order of the stacked gradients."
         )
     return array
+
+
+def check_task_mask(task_mask: Any, num_tasks: int) -> jax.Array:
+    """Returns the mask as a JAX array, or raises a ValueError if it is not (T,) booleans."""
+    task_mask = check_shape("task_mask", task_mask, (num_tasks,))
+    if task_mask.dtype != bool:
+        raise ValueError(
+            f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
+            "Pass True for the tasks that take part in this step."
+        )
+    return task_mask
 
 
 def leaf_path(path: jax.tree_util.KeyPath) -> str:
@@ -112,24 +134,27 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
     return _scaled_gramian(task_updates, other, None)
 
 
-def gramian_in_range(task_updates: optax.Updates) -> jax.Array:
+def gramian_in_range(task_updates: optax.Updates, task_mask: jax.Array | None = None) -> jax.Array:
     """The Gramian, with its scale changed where squares would not fit the dtype.
 
     The square of a gradient of norm 1e30 or 1e-30 is not a float32. The Gramian of
     such gradients is gathered once more, from the gradients times a power of two.
     The ratios that weights are made of are then right; where the Gramian was in
-    range, it is returned as it is and the stack is read only once.
+    range, it is returned as it is and the stack is read only once. Rows and columns of tasks
+    that `task_mask` leaves out are zero, whatever their gradients hold.
     """
-    return gramian_and_scale(task_updates)[0]
+    return gramian_and_scale(task_updates, task_mask)[0]
 
 
 @jax.jit
-def gramian_and_scale(task_updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
+def gramian_and_scale(
+    task_updates: optax.Updates, task_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`gramian_in_range`, and the power of two that it has multiplied the gradients by.
 
     For the rules that depend on the common scale of the gradients.
     """
-    plain = gramian(task_updates)
+    plain = mask_gramian(task_mask, gramian(task_updates))
     info = jnp.finfo(plain.dtype)
     num_coordinates = sum(math.prod(jnp.shape(leaf)[1:]) for leaf in jax.tree.leaves(task_updates))
     # The least square that still counts stays 14 binary digits above the subnormal
@@ -143,7 +168,9 @@ def gramian_and_scale(task_updates: optax.Updates) -> tuple[jax.Array, jax.Array
     found = lax.cond(
         _everywhere(in_range),
         lambda: plain,
-        lambda: jnp.where(in_range, plain, _scaled_gramian(task_updates, None, scale)),
+        lambda: jnp.where(
+            in_range, plain, mask_gramian(task_mask, _scaled_gramian(task_updates, None, scale))
+        ),
     )
     return found, jnp.where(in_range, 1, scale)
 
@@ -170,12 +197,15 @@ def gramian_dtype(tree: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
-def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
+def combine(
+    weights: jax.Array, task_updates: optax.Updates, task_mask: jax.Array | None = None
+) -> optax.Updates:
     """The weighted sum of the task gradients, leaf by leaf.
 
     Args:
       weights: shape (T,).
       task_updates: pytree whose leaves have shape (T, *param.shape).
+      task_mask: shape (T,), bool, False for task gradients to leave out, NaN too; or None.
 
     Returns:
       Pytree whose leaves have shape param.shape and the dtype of the gradients,
@@ -183,7 +213,7 @@ def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
 
     Raises:
       ValueError: a leaf is not stacked, not real, or disagrees on T; or `weights`
-        does not have one entry per task.
+        or `task_mask` do not have one entry per task, or the mask is not of booleans.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -193,13 +223,25 @@ def combine(weights: jax.Array, task_updates: optax.Updates) -> optax.Updates:
     """
     num_tasks = check_task_updates(task_updates)
     weights = check_shape("weights", weights, (num_tasks,))
+    if task_mask is not None:
+        task_mask = check_task_mask(task_mask, num_tasks)
+        weights = jnp.where(task_mask, weights, 0)
 
     def combine_leaf(leaf):
         leaf = jnp.asarray(leaf)
-        total = products.leaf_combination(weights.astype(gramian_dtype(leaf)), leaf)
+        total = products.leaf_combination(
+            weights.astype(gramian_dtype(leaf)), leaf, task_mask=task_mask
+        )
         return total.astype(leaf.dtype)
 
     return jax.tree.map(combine_leaf, task_updates)
+
+
+def mask_gramian(task_mask: jax.Array | None, gramian: jax.Array) -> jax.Array:
+    """Puts zeros in the rows and columns of masked tasks, whatever stood there."""
+    if task_mask is None:
+        return gramian
+    return jnp.where(task_mask[:, None] & task_mask[None, :], gramian, 0)
 
 
 def mask_tasks(task_mask: jax.Array, task_updates: optax.Updates) -> optax.Updates:

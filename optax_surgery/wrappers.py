@@ -62,7 +62,7 @@ def monitor(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     def update(task_updates, state, params, extra_args):
         del params
         task_mask, gramian = extra_args.get("task_mask"), extra_args.get("gramian")
-        _, gramian = core.masked_gramian(task_updates, task_mask, gramian)
+        gramian, _ = core.masked_gramian(task_updates, task_mask, gramian)
         return task_updates, MonitorState(gramian.astype(state.gramian.dtype))
 
     return _transformation("monitor", init, update, num_tasks=num_tasks)
@@ -203,12 +203,14 @@ def on_shared(
         operated, rest = trees.split(mask, task_updates)
         if others == "weighted":
             weights, state = _weights(surgery, operated, state, extra_args)
-            return _combine(weights, task_updates, extra_args), state
+            return trees.combine(weights, task_updates, extra_args.get("task_mask")), state
         shared_params = None if params is None else shared_leaves(params)
         updates, state = surgery.update(operated, state, shared_params, **extra_args)
         if rest:
             num_tasks = trees.check_task_updates(rest)
-            rest = jax.tree.leaves(_combine(jnp.ones(num_tasks), rest, extra_args))
+            rest = jax.tree.leaves(
+                trees.combine(jnp.ones(num_tasks), rest, extra_args.get("task_mask"))
+            )
         return trees.merge(mask, jax.tree.leaves(updates), rest, task_updates), state
 
     return _transformation("on_shared", init, update)
@@ -457,7 +459,7 @@ def every(
         weights, inner_state = _cond(
             state.age == 0, renew, lambda: (state.weights, state.inner_state)
         )
-        updates = _combine(weights, task_updates, extra_args)
+        updates = trees.combine(weights, task_updates, extra_args.get("task_mask"))
         return updates, EveryState((state.age + 1) % k, weights, inner_state)
 
     return _transformation("every", init, update, num_tasks=num_tasks)
@@ -519,7 +521,10 @@ def start_after(
         updates, inner_state = _cond(
             state.num_updates >= step,
             lambda: surgery.update(task_updates, state.inner_state, params, **extra_args),
-            lambda: (_combine(equal, task_updates, extra_args), state.inner_state),
+            lambda: (
+                trees.combine(equal, task_updates, extra_args.get("task_mask")),
+                state.inner_state,
+            ),
         )
         num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
         return updates, StartAfterState(num_updates, inner_state)
@@ -839,7 +844,7 @@ def _own(extra_args: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
 
 def _active(num_tasks: int, extra_args: dict[str, Any]) -> jax.Array:
     """The (T,) mask of the tasks that take part in the step."""
-    return core.masked_task_updates(jnp.zeros(num_tasks), extra_args.get("task_mask"))[1]
+    return core.active_tasks(jnp.zeros(num_tasks), extra_args.get("task_mask"))
 
 
 def _weights(
@@ -849,20 +854,12 @@ def _weights(
     extra_args: dict[str, Any],
 ) -> tuple[jax.Array, Any]:
     """The weights that a surgery finds: a surgery of the identity."""
-    _, gramian = core.masked_gramian(
+    gramian, _ = core.masked_gramian(
         task_updates, extra_args.get("task_mask"), extra_args.get("gramian")
     )
     identity = jnp.eye(len(gramian), dtype=gramian.dtype)
     weights, state = surgery.update(identity, state, None, **extra_args | {"gramian": gramian})
     return jnp.asarray(weights), state
-
-
-def _combine(
-    weights: jax.Array, task_updates: optax.Updates, extra_args: dict[str, Any]
-) -> optax.Updates:
-    """The weighted sum over the tasks that are not masked."""
-    task_updates, active = core.masked_task_updates(task_updates, extra_args.get("task_mask"))
-    return trees.combine(jnp.where(active, weights, 0), task_updates)
 
 
 def _cond(condition: jax.Array, run: Callable[[], Any], rest: Callable[[], Any]) -> Any:

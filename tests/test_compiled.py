@@ -39,6 +39,17 @@ def test_a_method_that_needs_no_gramian_computes_none(make):
     assert " while(" not in program
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_tasks", [4, 40])
+@pytest.mark.parametrize("make", [surgery.pcgrad, surgery.aligned_mtl, surgery.mean])
+def test_an_update_holds_no_copy_of_the_gradients(make, num_tasks, masked):
+    stack = jax.ShapeDtypeStruct((num_tasks, 500, 500), jnp.float32)
+    mask = {"task_mask": jax.ShapeDtypeStruct((num_tasks,), bool)} if masked else {}
+    update = jax.jit(lambda stack, **mask: make().update(stack, make().init(None), **mask)[0])
+    memory = update.lower(stack, **mask).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.3 * 4 * stack.size
+
+
 def test_under_vmap_the_rare_second_gramian_stays_a_branch():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), TASK_GRADS)
     program = jax.jit(jax.vmap(surgery.pcgrad().update, in_axes=(0, None)))
