@@ -136,7 +136,7 @@ def surgery_value_and_grad(
 
     Raises:
       ValueError: at trace time, if the losses are not one floating-point scalar per task, if
-        `shared` matches no leaf, or if the surgery works on coordinates.
+        `shared` matches no leaf or one that is not real, or if the surgery works on coordinates.
 
     Note:
       It takes two to three times the operations of stacking, and less time where writing and
@@ -163,6 +163,7 @@ def surgery_value_and_grad(
         params: optax.Params, state: Any, *args: Any, **extra_args: Any
     ) -> tuple[tuple[Any, optax.Updates], Any]:
         mask = trees.path_mask(shared, params)
+        trees.check_real(mask, params)
         operated, others = trees.split(mask, params)
         stacked_losses = _stacked_losses(losses_fn, has_aux, args)
 

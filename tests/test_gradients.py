@@ -274,6 +274,27 @@ def test_a_group_that_matches_no_leaf_is_refused():
         fn(PARAMS, surgery.mean().init(PARAMS), INPUTS)
 
 
+def test_parameters_without_a_real_derivative_are_refused_unless_they_are_left_out():
+    params = {"kernel": jnp.ones(2), "steps": jnp.array(3)}
+
+    def losses_fn(params):
+        return jnp.stack([params["kernel"].sum(), -params["kernel"][0] * params["steps"]])
+
+    tx = surgery.pcgrad()
+    fn = surgery.surgery_value_and_grad(losses_fn, tx)
+    with pytest.raises(ValueError, match=r"Expected real floating-point.*got int32 at 'steps'"):
+        fn(params, tx.init(params))
+    with pytest.raises(
+        ValueError, match=r"Expected real floating-point.*got complex64 at 'kernel'"
+    ):
+        fn({**params, "kernel": jnp.ones(2, complex)}, tx.init(params))
+
+    fn = surgery.surgery_value_and_grad(losses_fn, tx, shared=lambda path: path == "kernel")
+    (_, grads), _ = fn(params, tx.init(params))
+    expected = tx.update(jnp.array([[1.0, 1.0], [-3.0, 0.0]]), tx.init(None))[0]
+    np.testing.assert_allclose(grads["kernel"], expected, rtol=1e-6)
+
+
 def test_features_that_do_not_depend_on_the_encoder_are_refused():
     fn = surgery.feature_surgery_value_and_grad(
         lambda trunk, inputs: inputs @ jnp.ones((5, 6)), task_losses, surgery.mean()
