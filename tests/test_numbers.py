@@ -174,6 +174,20 @@ def test_the_gramian_is_accurate(size):
     np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("num_tasks", [3, 16, 17, 24, 29])  # sums of vectors, groups, and a rest
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_combination_leaves_out_masked_tasks_whatever_they_hold(num_tasks, poison):
+    jacobian, weights = random_jacobian(num_tasks, 30), np.arange(1.0, num_tasks + 1)
+    task_mask = np.arange(num_tasks) % 3 != 1
+    expected = (weights * task_mask) @ jacobian
+    jacobian[~task_mask] = poison
+    weights[~task_mask] = poison
+    found = surgery.combine(
+        jnp.asarray(weights), jnp.asarray(jacobian.reshape(-1, 5, 6), "f4"), jnp.asarray(task_mask)
+    )
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_the_gramian_is_the_sum_over_leaves_of_any_rank():
     tree = {
         "scalar": jnp.array([1.0, 2.0]),
