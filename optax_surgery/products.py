@@ -92,12 +92,9 @@ def leaf_combination(
     if _is_sharded_by_task(sharding):
         result = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         return _combination_dot(*operands, sharding=result)
-    # A loop over tasks that the partitioner shards would gather them.
-    cpu = _combination_dot if _may_be_partitioned(rows) else _combination_cpu
     return lax.platform_dependent(
         *operands,
-        cpu=cpu,
-        tpu=_combination_tpu,
+        cpu=_combination_cpu,
         cuda=_combination_gpu,
         default=_combination_dot,
     )
@@ -313,8 +310,9 @@ def _combination_cpu(weights, rows, task_mask=None):
     num_tasks = rows.shape[0]
     if num_tasks <= _FEW_FOR_COMBINATION:
         return functools.reduce(jnp.add, _terms(weights, rows, task_mask))
-    if task_mask is None:
-        return _combination_dot(weights, rows)
+    # A loop over tasks that the partitioner shards would gather them.
+    if task_mask is None or _may_be_partitioned(rows):
+        return _combination_dot(weights, rows, task_mask)
 
     # A product of matrices would first copy the rows without those that are masked.
     def add_group(first, total, size=_GROUP_SIZE):
@@ -324,7 +322,7 @@ def _combination_cpu(weights, rows, task_mask=None):
         return functools.reduce(jnp.add, _terms(*group), total)
 
     num_groups, rest = divmod(num_tasks, _GROUP_SIZE)
-    total = lax.full_like(rows, 0, weights.dtype, rows.shape[1:])
+    total = lax.full_like(rows[0], 0, weights.dtype)
     total = lax.fori_loop(
         0, num_groups, lambda number, total: add_group(number * _GROUP_SIZE, total), total
     )
@@ -336,10 +334,6 @@ def _terms(weights, rows, task_mask):
     if task_mask is None:
         return terms
     return [jnp.where(active, term, 0) for active, term in zip(task_mask, terms, strict=True)]
-
-
-def _combination_tpu(weights, rows, task_mask=None):
-    return _combination_dot(weights, rows, task_mask)
 
 
 def _combination_gpu(weights, rows, task_mask=None):

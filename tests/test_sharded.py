@@ -68,6 +68,16 @@ expected = jax.jit(update)(LONG)
 for kind in KINDS:
     report[f"long {kind}"] = run(update, shard(make_mesh(kind), LONG, "table", 0), expected)
 
+# Some tasks masked, of more of them than one loop sums.
+MANY = {"table": jax.random.normal(jax.random.key(4), (20, 8, 40))}
+def without_thirds(grads):
+    tx = surgery.pcgrad()
+    return tx.update(grads, tx.init(None), task_mask=jnp.arange(20) % 3 != 0)[0]
+expected_masked = jax.jit(without_thirds)(MANY)
+for kind in KINDS:
+    sharded = shard(make_mesh(kind), MANY, "table", 0)
+    report[f"masked {kind}"] = run(without_thirds, sharded, expected_masked)
+
 # One leaf over two axes of a mesh, another over one of them.
 for kind in KINDS:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType[kind],) * 2)
@@ -160,7 +170,9 @@ def test_the_only_collective_of_a_surgery_sums_the_gramian(report):
     found = {case: report[case]["collectives"] for case in cases}
     local = ("mean", "a surgery")
     for case in cases:
-        wanted = [] if case.startswith(local) else ["all-reduce f32[4,4]"]
+        num_tasks = 20 if case.startswith("masked") else 4
+        summed = f"all-reduce f32[{num_tasks},{num_tasks}]"
+        wanted = [] if case.startswith(local) else [summed]
         assert found[case] == wanted, case
 
 
