@@ -6,8 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def outputs(notebook):
@@ -21,8 +20,9 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_without_a_warning_and_draws(path):
     notebook = nbformat.read(path, as_version=4)
+    in_its_folder = {"metadata": {"path": str(path.parent)}}  # as Jupyter does
     notebook = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=600, kernel_name="python3", resources=in_its_folder
     ).execute()
     warnings = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
     assert not warnings
