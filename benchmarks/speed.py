@@ -623,6 +623,9 @@ def make_figure(results):
             relative.minorticks_off()
         for axes in (times, relative):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if axes is relative else "")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("time of PCGrad's update, ms")
     panels[1, 0].set_ylabel("time over TorchJD's")
