@@ -454,7 +454,7 @@ def main(argv=None):
                 )
                 progress.advance(bar)
     console = Console(highlight=False)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     console.print(leaf_table(leaves))
     console.print(program_table(whole))
     console.print(
