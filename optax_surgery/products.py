@@ -17,17 +17,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Up to so many tasks, Gramians and combinations on a CPU are sums of vectors; beyond, products of
 # matrices.
-_FEW_FOR_GRAMIAN, _FEW_FOR_COMBINATION = 64, 16
+_FEW_FOR_GRAMIAN, _FEW_FOR_COMBINATION = 128, 16
 # Where some are masked, the sum goes through the tasks in groups of so many.
 _GROUP_SIZE = 8
-# Blocks of few tasks have _CHUNKS x _TERMS x _LANES coordinates: the threads share out the
-# chunks, terms are added up in registers, and lanes keep sums of their own, as vector
-# instructions need. Blocks of many tasks have _BLOCK_SIZE numbers. These were the fastest of
-# those tried on 2 cores; with 4 terms, XLA 0.10.2 writes no vector instructions at all.
-_CHUNKS, _TERMS, _LANES = 8, 16, 104
-_BLOCK_SIZE = 2**19
-# Below this many blocks a loop is not worth its compilation.
-_LEAST_BLOCKS = 4
+# The Gramian on a CPU goes through the rows in blocks of up to so many numbers, and in so many
+# blocks at least, of which each task has enough to be worth a loop.
+_BLOCK_SIZE, _LEAST_BLOCKS, _LEAST_COORDINATES = 2**18, 16, 2**15
+# In blocks of few tasks, so many terms are added up in registers, in lanes as vector instructions
+# need, for tiles of the Gramian of so many rows and columns. With fewer terms, XLA 0.10.2 writes
+# no vector instructions at all; with more, the registers do not hold those of a row; of the columns
+# of a tile, the innermost cache holds the terms.
+_TERMS, _LANES, _TILE = 12, 8, (16, 64)
 # Up to this many coordinates, the Gramian on a GPU is one kernel that reads them again and again.
 _FEW_COORDINATES = 2048
 
@@ -228,14 +228,17 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     """
     num_tasks = left.shape[0]
     left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
-    size = _CHUNKS * _TERMS * _LANES
-    # The more tasks there are, the more there is to compile.
-    few = num_tasks <= min(_FEW_FOR_GRAMIAN, left.shape[1] // size)
-    if not few:
-        size = max(_BLOCK_SIZE // num_tasks, 1)
-    num_blocks = left.shape[1] // size
-    if num_blocks < _LEAST_BLOCKS:
+    num_coordinates = left.shape[1]
+    if num_coordinates < _LEAST_COORDINATES:
         return _gramian_dot(left, right, scale, dtype=dtype)
+    size = num_coordinates // max(_LEAST_BLOCKS, math.ceil(left.size / _BLOCK_SIZE))
+    few = num_tasks <= _FEW_FOR_GRAMIAN
+    if few:
+        # An odd number of chunks, else a chunk of all rows may be at addresses a power of two apart,
+        # and of those a cache holds but a few.
+        num_chunks = (size // (_TERMS * _LANES) - 1) | 1
+        size = num_chunks * _TERMS * _LANES
+    num_blocks = num_coordinates // size
 
     def block(rows, number):
         part = lax.dynamic_slice_in_dim(rows, number * size, size, axis=1)
@@ -245,7 +248,9 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
         return lax.full_like(left, 0, dtype, shape)  # varies over a manual mesh as the rows do
 
     if few:
-        total = _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric)
+        total = _sum_of_vector_products(
+            left, right, block, zeros, num_blocks, num_chunks, symmetric
+        )
     else:
         total = lax.fori_loop(
             0,
@@ -259,37 +264,39 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     return total + _gramian_dot(rest_of_left, rest_of_right, scale, dtype=dtype)
 
 
-def _sum_of_vector_products(left, right, block, zeros, num_blocks, symmetric):
+def _sum_of_vector_products(left, right, block, zeros, num_blocks, num_chunks, symmetric):
     num_tasks = left.shape[0]
-    # Rows i to j times rows k and later: of a symmetric Gramian about the upper triangle.
-    height = min(-(-num_tasks // 4), 4) if symmetric else num_tasks
-    starts = range(0, num_tasks, height)
-    rectangles = [(i, min(i + height, num_tasks), i if symmetric else 0) for i in starts]
+    # Of a symmetric Gramian the tiles about the upper triangle.
+    height, width = _TILE
+    tiles = [
+        (slice(top, top + height), slice(edge, edge + width))
+        for top in range(0, num_tasks, height)
+        for edge in range(top if symmetric else 0, num_tasks, width)
+    ]
 
     def chunks(rows, number):
-        split = block(rows, number).reshape(num_tasks, _CHUNKS, _TERMS, _LANES)
+        split = block(rows, number).reshape(num_tasks, num_chunks, _TERMS, _LANES)
         return split.swapaxes(0, 1)
 
     def add_block(number, sums):
         lefts = chunks(left, number)
         rights = lefts if symmetric else chunks(right, number)
+        # The terms before the total: a long sum of short ones rounds less.
         return [
-            functools.reduce(
+            total
+            + functools.reduce(
                 jnp.add,
-                [lefts[:, i:j, None, term] * rights[:, None, k:, term] for term in range(_TERMS)],
-                total,
+                [lefts[:, i, None, term] * rights[:, None, k, term] for term in range(_TERMS)],
             )
-            for (i, j, k), total in zip(rectangles, sums, strict=True)
+            for (i, k), total in zip(tiles, sums, strict=True)
         ]
 
-    sums = [zeros(_CHUNKS, j - i, num_tasks - k, _LANES) for i, j, k in rectangles]
+    task = range(num_tasks)
+    sums = [zeros(num_chunks, len(task[i]), len(task[k]), _LANES) for i, k in tiles]
     sums = lax.fori_loop(0, num_blocks, add_block, sums)
-    total = jnp.concatenate(
-        [
-            jnp.pad(jnp.sum(part, axis=(0, 3)), ((0, 0), (k, 0)))
-            for part, (_, _, k) in zip(sums, rectangles, strict=True)
-        ]
-    )
+    total = zeros(num_tasks, num_tasks)
+    for tile, part in zip(tiles, sums, strict=True):
+        total = total.at[tile].set(jnp.sum(part, axis=(0, 3)))
     return jnp.triu(total) + jnp.triu(total, 1).T if symmetric else total
 
 
