@@ -234,8 +234,8 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     size = num_coordinates // max(_LEAST_BLOCKS, math.ceil(left.size / _BLOCK_SIZE))
     few = num_tasks <= _FEW_FOR_GRAMIAN
     if few:
-        # An odd number of chunks, else a chunk of all rows may be at addresses a power of two apart,
-        # and of those a cache holds but a few.
+        # An odd number of chunks, else those of all rows may be at addresses a power of two apart,
+        # and of such a cache holds but a few.
         num_chunks = (size // (_TERMS * _LANES) - 1) | 1
         size = num_chunks * _TERMS * _LANES
     num_blocks = num_coordinates // size
