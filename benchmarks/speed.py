@@ -21,6 +21,9 @@ from typing import Annotated, NamedTuple
 
 # JAX would take most of a GPU's memory for itself, and leave little to PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The threads of the LAPACK that JAX calls on a CPU wait busily for tens of milliseconds, and slow
+# down who is timed next, PyTorch, which has a LAPACK of its own, as well as JAX.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import flax.linen as nn
 import jax
