@@ -166,12 +166,18 @@ def test_a_mask_of_all_tasks_is_no_mask(case):
     np.testing.assert_allclose(masked, plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [7, 1_000, 1_000_000])
-def test_the_gramian_is_accurate(size):
-    jacobian = random_jacobian(4, size).astype("f4")
+# One product, blocks of vectors with one tile and with several, blocks of matrices.
+@pytest.mark.parametrize(
+    ("num_tasks", "size"),
+    [(4, 7), (4, 1_000), (4, 1_000_000), (17, 40_003), (81, 40_003), (130, 40_003)],
+)
+def test_the_gramian_is_accurate(num_tasks, size):
+    jacobian = random_jacobian(num_tasks, size).astype("f4")
     exact = jacobian.astype("f8") @ jacobian.astype("f8").T
     found = np.asarray(surgery.gramian(jacobian), np.float64)
     np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
+    crossed = np.asarray(surgery.gramian(jacobian, jacobian[::-1]), np.float64)
+    np.testing.assert_allclose(crossed, exact[:, ::-1], atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("num_tasks", [3, 16, 17, 24, 29])  # sums of vectors, groups, and a rest
