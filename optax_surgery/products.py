@@ -236,8 +236,7 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
     if few:
         # An odd number of chunks, else those of all rows may be at addresses a power of two apart,
         # and of such a cache holds but a few.
-        num_chunks = (size // (_TERMS * _LANES) - 1) | 1
-        size = num_chunks * _TERMS * _LANES
+        size = ((size // (_TERMS * _LANES) - 1) | 1) * _TERMS * _LANES
     num_blocks = num_coordinates // size
 
     def block(rows, number):
@@ -248,6 +247,7 @@ def _gramian_cpu(left, right, scale=None, *, symmetric, dtype):
         return lax.full_like(left, 0, dtype, shape)  # varies over a manual mesh as the rows do
 
     if few:
+        num_chunks = size // (_TERMS * _LANES)
         total = _sum_of_vector_products(
             left, right, block, zeros, num_blocks, num_chunks, symmetric
         )
