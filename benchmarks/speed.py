@@ -103,7 +103,7 @@ class Config:
         "resnet50",
     )
     methods: Annotated[tuple, "what to time", tuple(METHODS)] = tuple(METHODS)
-    seconds: Annotated[float, "that the run may take; what would not fit is left out", 1] = 150.0
+    seconds: Annotated[float, "that the run may take; what would not fit is left out", 1] = 225.0
     out: Annotated[Path, "folder for the results", None] = Path("results/speed")
     overwrite: Annotated[bool, "replace the results of an earlier run", None] = False
 
