@@ -23,10 +23,10 @@ _GROUP_SIZE = 8
 # The Gramian on a CPU goes through the rows in blocks of up to so many numbers, and in so many
 # blocks at least, of which each task has enough to be worth a loop.
 _BLOCK_SIZE, _LEAST_BLOCKS, _LEAST_COORDINATES = 2**18, 16, 2**15
-# In blocks of few tasks, so many terms are added up in registers, in lanes as vector instructions
-# need, for tiles of the Gramian of so many rows and columns. With fewer terms, XLA 0.10.2 writes
-# no vector instructions at all; with more, the registers do not hold those of a row; of the columns
-# of a tile, the innermost cache holds the terms.
+# In blocks of few tasks, a chunk has so many terms, which are added up in registers, by so many
+# lanes, as vector instructions need, and a tile of the Gramian so many rows and columns. With 8 or
+# 9 terms, XLA 0.10.2 writes no vector instructions; with 16, the registers do not hold those of a
+# row. The innermost cache holds a chunk of the columns of a tile.
 _TERMS, _LANES, _TILE = 12, 8, (16, 64)
 # Up to this many coordinates, the Gramian on a GPU is one kernel that reads them again and again.
 _FEW_COORDINATES = 2048

@@ -108,7 +108,8 @@ def leafwise(
 
       On a CPU, XLA (jax 0.10.2) hangs where it has more batches of matrices to factor at once
       than threads, as in `jax.vmap` of the update with many groups and a surgery that factors its
-      Gramian (`aligned_mtl`, the solvers). The environment variable NPROC sets their number.
+      Gramian (`aligned_mtl`, the solvers). The environment variable NPROC sets the number of
+      threads.
 
     Examples:
       >>> import jax.numpy as jnp
