@@ -86,16 +86,16 @@ class Config:
 # --- The table
 
 
-def find_table(parser, config):
+def find_table(parser: Parser, config):
     if config.data_file != Path():
         return config.data_file
     try:
-        return Path(importlib.metadata.distribution(PACKAGE).locate_file(MEMBER))
+        return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(MEMBER)))
     except importlib.metadata.PackageNotFoundError:
         parser.error(f"{MEMBER} is not installed: run `{INSTALL}`, or give --data-file")
 
 
-def read_table(parser, config):
+def read_table(parser: Parser, config):
     """{split: {"inputs": (N, inputs), "labels": (N, T)}}, split at random but always alike."""
     path = find_table(parser, config)
     try:
@@ -309,14 +309,10 @@ def in_words(board, results, config):
                 and sign * test["mean"] > 0
             ]
             yield f"Against {baseline}, {word}: {', '.join(some) or 'none'}."
-    grid = config.learning_rates
     edge = [
         method
         for method, result in results.items()
-        if len(grid) > 1
-        and not set(np.float32([min(grid), max(grid)])).isdisjoint(
-            np.float32(result["learning_rates"])
-        )
+        if sweep.at_the_edge(config.learning_rates, result["learning_rates"])
     ]
     yield f"The best learning rate is at the edge of the grid for: {', '.join(edge) or 'none'}."
 

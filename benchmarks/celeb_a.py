@@ -17,7 +17,7 @@ from PIL import Image
 
 import optax_surgery as surgery
 from benchmarks import image_suite
-from benchmarks.networks import CelebANet
+from benchmarks.networks import CelebANet, predict
 from benchmarks.training import TFDS_DIR, Problem, Split, read_record, tfds_sources
 
 TASKS = (
@@ -91,7 +91,7 @@ def make_problem(tasks, config):
     net = CelebANet(tuple(TASKS[task] for task in tasks), config.channels)
 
     def init(key):
-        return net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True)
+        return dict(net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True))
 
     def losses_fn(params, variables, batch):
         logits, variables = net.apply(
@@ -104,7 +104,7 @@ def make_problem(tasks, config):
         return surgery.task_value_and_grad(losses_fn, has_aux=True)(params, variables, batch)
 
     def measure(params, variables, batch):
-        logits = net.apply({"params": params, **variables}, batch["image"] / 255, train=False)
+        logits = predict(net, params, variables, batch["image"] / 255)
         said, true = logits > 0, batch["label"][:, chosen]
         cells = {"hits": said & true, "false alarms": said & ~true, "misses": ~said & true}
         cells["images"] = jnp.ones_like(said)
@@ -150,7 +150,9 @@ class Config:
 def means(found):
     """The mean of F1 and of the error, over the attributes that were learnt."""
     return {
-        f"mean {kind}": np.mean([value for name, value in found.items() if name.endswith(kind)])
+        f"mean {kind}": float(
+            np.mean([value for name, value in found.items() if name.endswith(kind)])
+        )
         for kind in ("F1", "error")
     }
 

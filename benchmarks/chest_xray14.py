@@ -22,7 +22,7 @@ import optax
 
 import optax_surgery as surgery
 from benchmarks import image_suite
-from benchmarks.networks import ImageClassifier, normalise, resnet50
+from benchmarks.networks import ImageClassifier, normalise, predict, resnet50
 from benchmarks.training import DataError, Problem, Split, read_image
 
 TASKS = (
@@ -148,7 +148,7 @@ def make_problem(tasks, config):
     net = ImageClassifier(resnet50(width=config.channels), {TASKS[task]: 1 for task in tasks})
 
     def init(key):
-        return net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True)
+        return dict(net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True))
 
     def losses_fn(params, variables, batch):
         logits, variables = net.apply(
@@ -165,7 +165,7 @@ def make_problem(tasks, config):
         return surgery.task_value_and_grad(losses_fn, has_aux=True)(params, variables, batch)
 
     def measure(params, variables, batch):
-        logits = net.apply({"params": params, **variables}, normalise(batch["image"]), train=False)
+        logits = predict(net, params, variables, normalise(batch["image"]))
         return score_counts(jnp.concatenate(logits, axis=1), batch["label"][:, chosen])
 
     def metrics(sums):
@@ -195,7 +195,7 @@ def areas_under_curves(sums):
 
 
 def mean_area(metrics):
-    return np.nanmean(np.array(list(metrics.values()), float))
+    return float(np.nanmean(np.array(list(metrics.values()), float)))
 
 
 def suite(config):

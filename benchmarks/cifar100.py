@@ -10,7 +10,7 @@ Run `python -m benchmarks.cifar100`.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +132,14 @@ def make_problem(tasks, config):
     net = ConvNet(len(tasks), CLASSES, blocks, config.channels, config.features)
 
     def init(key):
-        variables = net.init(key, jnp.zeros((1, *IMAGE)), 0, jnp.zeros(2, int))
+        variables = dict(net.init(key, jnp.zeros((1, *IMAGE)), 0, jnp.zeros(2, int)))
         policies = jnp.full((len(tasks), 2, blocks), 1 / blocks)
         return variables | {"policies": policies, "rewards": jnp.zeros(len(tasks))}
 
     def by_task(batch):
         return (jnp.moveaxis(batch[name][:, chosen], 1, 0) for name in ("image", "label"))
 
-    def apply(params, task, route, images):
+    def apply(params, task, route, images) -> Any:
         return net.apply({"params": params}, images / 127.5 - 1, task, route)
 
     def task_loss(params, task, route, images, labels):
@@ -199,7 +199,7 @@ def suite(config):
         make_problem=make_problem,
         make_adam=lambda config, steps_per_epoch: optax.adam(config.learning_rate),
         choose=image_suite.last_epochs_mean,
-        columns=lambda metrics: {"mean accuracy": np.mean(list(metrics.values()))},
+        columns=lambda metrics: {"mean accuracy": float(np.mean(list(metrics.values())))},
         higher_is_better=lambda metrics: dict.fromkeys(metrics, True),
     )
 

@@ -106,13 +106,13 @@ def original(folder, split, config):
     read_one = read_two if config.protocol == "two" else read_three
 
     def read(positions):
-        found = [read_one(*examples[position], config.height) for position in positions]
+        found = [read_one(config.height, *examples[position]) for position in positions]
         return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
     return Split(len(examples), read)
 
 
-def read_two(image, labels, disparities, _, height):
+def read_two(height, image, labels, disparities, _):
     size = height, 2 * height
     return {
         "image": read_image(image, size) / np.float32(255),
@@ -121,7 +121,7 @@ def read_two(image, labels, disparities, _, height):
     }
 
 
-def read_three(image, labels, disparities, instances, height):
+def read_three(height, image, labels, disparities, instances):
     small = height // 8, height // 4
     return {
         "image": read_image(image, (height, 2 * height)) / np.float32(255),

@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import tempfile
+import typing
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -22,34 +24,39 @@ PACKAGES = ("optax_surgery", "jax", "jaxlib", "optax", "flax", "numpy", "tensorf
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse(parser, config_class, argv):
     """The options on the command line. What is wrong with them is one line, and status 2."""
-    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(config_class)}
-    for name, field in fields.items():
-        text, limit = field.type.__metadata__
-        several = isinstance(field.default, tuple)
-        shown = " ".join(map(str, field.default)) if several else field.default
-        options = {"default": field.default, "help": f"{text} (default: {shown})"}
-        if isinstance(field.default, bool):
+    defaults = vars(config_class())
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    described = {name: hints[name].__metadata__ for name in defaults}
+    for name, default in defaults.items():
+        text, limit = described[name]
+        several = isinstance(default, tuple)
+        shown = " ".join(map(str, default)) if several else default
+        options = {"default": default, "help": f"{text} (default: {shown})"}
+        if isinstance(default, bool):
             options["action"] = "store_true"
         else:
-            options["type"] = type(field.default[0] if several else field.default)
+            options["type"] = type(default[0] if several else default)
             options["nargs"] = "+" if several else None
             options["choices"] = limit if isinstance(limit, tuple) else None
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(as_option(name), **options)
     config = config_class(**vars(parser.parse_args(argv)))
-    for name, field in fields.items():
-        limit = field.type.__metadata__[1]
-        for value in np.ravel(getattr(config, field.name)):
+    for name, (_, limit) in described.items():
+        for value in np.ravel(getattr(config, name)):
             if isinstance(limit, int | float) and not limit <= value < np.inf:
-                parser.error(f"argument --{name}: expected at least {limit}, got {value}")
-    several = [field.name for field in fields.values() if isinstance(field.default, tuple)]
+                parser.error(f"argument {as_option(name)}: expected at least {limit}, got {value}")
+    several = [name for name, default in defaults.items() if isinstance(default, tuple)]
     once = {name: tuple(dict.fromkeys(getattr(config, name))) for name in several}
     return dataclasses.replace(config, **once)
+
+
+def as_option(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def check_output(parser, files, overwrite):

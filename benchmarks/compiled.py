@@ -154,6 +154,10 @@ def stack_bytes(task_updates):
     return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(task_updates))
 
 
+def temporary_bytes(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def bytes_accessed(compiled):
     """XLA's bytes accessed, without the copies of small arrays to the memory on the chip.
 
@@ -230,9 +234,9 @@ def structs(shapes, num_tasks):
     )
 
 
-def squared_norms(gramian, state, **_):
+def squared_norms(tasks, state):
     """The simplest rule: what is T-sized is the same for all leaves, and takes long to compile."""
-    return jnp.diagonal(gramian), state
+    return jnp.diagonal(tasks.gramian), state
 
 
 def measure_leaf(device, num_tasks, shape):
@@ -241,10 +245,11 @@ def measure_leaf(device, num_tasks, shape):
     def products(task_updates, weights):
         return surgery.gramian(task_updates), surgery.combine(weights, task_updates)
 
-    tx = surgery.gradient_surgery(surgery.Weighting(init=tuple, update=squared_norms))
+    weighting = surgery.Weighting(init=tuple, update=squared_norms)
+    tx = surgery.gradient_surgery(weighting, name="squared_norms")
     task_updates, state = structs(shape, num_tasks), jax.eval_shape(tx.init, None)
     update = compile_for(device, 1, update_of(tx), task_updates, state)
-    found = {"temporaries": update.memory_analysis().temp_size_in_bytes}
+    found = {"temporaries": temporary_bytes(update)}
     weights = jax.ShapeDtypeStruct((num_tasks,), jnp.float32)
     compiled = compile_for(device, 1, products, task_updates, weights)
     if device == "h100":  # whose compiler reports no bytes
@@ -290,8 +295,7 @@ def measure_program(device, num_devices, num_tasks, name):
     compiled = compile_for(device, num_devices, function, task_updates, *others)
     outside, inside = kernels(compiled)
     return {
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes
-        / (stack_bytes(task_updates) / num_devices),
+        "temporaries": temporary_bytes(compiled) / (stack_bytes(task_updates) / num_devices),
         "kernels": (outside, inside) if device == "h100" else None,
         "collectives": collectives(compiled),
     }
@@ -305,18 +309,16 @@ def summarise(shapes, found, num_tasks):
     sizes = {shape: 4 * math.prod(shape) for shape in shapes}
     ideal = sum(count * sizes[shape] * (2 * num_tasks + 1) for shape, count in shapes.items())
     large = {shape for shape in shapes if num_tasks * sizes[shape] >= LARGE}
-    summary = {
-        "temporaries": max(
-            (found[shape]["temporaries"] / (num_tasks * sizes[shape]) for shape in large),
-            default=None,
-        )
+    worst = max(
+        (found[shape]["temporaries"] / (num_tasks * sizes[shape]) for shape in large), default=None
+    )
+    totals = {
+        what: sum(count * found[shape][what] for shape, count in shapes.items())
+        for what in ("bytes", "kernels")
+        if what in next(iter(found.values()))
     }
-    for what in ("bytes", "kernels"):
-        if what in next(iter(found.values())):
-            summary[what] = sum(count * found[shape][what] for shape, count in shapes.items())
-    if "bytes" in summary:
-        summary["bytes"] /= ideal
-    return summary
+    relative = {"bytes": totals["bytes"] / ideal} if "bytes" in totals else {}
+    return {"temporaries": worst, **totals, **relative}
 
 
 def leaf_rows(device, num_tasks, shapes, found):

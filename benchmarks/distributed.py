@@ -11,6 +11,7 @@ is who, only the launcher differs: start `python -m benchmarks.distributed --mem
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -74,10 +75,9 @@ class MultiTaskNet(nn.Module):
     dtype: str
 
     def setup(self):
-        dense = {"dtype": self.dtype, "param_dtype": self.dtype}
-        layers = [nn.Dense(64, **dense), nn.tanh, nn.Dense(16, **dense), nn.tanh]
-        self.shared = nn.Sequential(layers)
-        self.heads = [nn.Dense(NUM_CLASSES, **dense) for _ in range(NUM_TASKS)]
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
+        self.shared = nn.Sequential([dense(64), nn.tanh, dense(16), nn.tanh])
+        self.heads = [dense(NUM_CLASSES) for _ in range(NUM_TASKS)]
 
     def __call__(self, images):
         features = self.shared(images.reshape(len(images), -1).astype(self.dtype) / 255)
@@ -107,9 +107,12 @@ def train(config, examples, dtype):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         return params, tx.init(params)
 
+    def logits_of(params, images) -> Any:
+        return network.apply({"params": params}, images)
+
     def train_step(params, state, images, labels):
         def losses_fn(params):
-            logits = network.apply({"params": params}, images)
+            logits = logits_of(params, images)
             errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels.T)
             losses = jnp.mean(errors, axis=1)
             return losses, losses
@@ -122,7 +125,11 @@ def train(config, examples, dtype):
         """The chosen rows as one array, of which each process reads what its devices hold."""
         sharding = NamedSharding(mesh, PartitionSpec("batch"))
         shape = (len(chosen), *rows.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: rows[chosen[index[0]]])
+
+        def read(index):
+            return rows[chosen[index[0]]]
+
+        return jax.make_array_from_callback(shape, sharding, read)
 
     train_step = jax.jit(train_step, out_shardings=replicated, donate_argnums=(0, 1))
     params, state = jax.jit(init, out_shardings=replicated)(jax.random.key(0))

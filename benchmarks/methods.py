@@ -9,13 +9,12 @@ them), two independent batches (`modo`, `sdmgrad`).
 from collections.abc import Callable
 
 import numpy as np
-import optax
 
 import optax_surgery as surgery
 
 WINDOW = 25  # steps that stand for an epoch, as in the code of Nash-MTL and Aligned-MTL
 
-METHODS: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
+METHODS: dict[str, Callable[[int], surgery.Surgery]] = {
     "sum": lambda num_tasks: surgery.sum(),
     # The sum of the losses with weights that are tuned together with the learning rate.
     "linear": lambda num_tasks: surgery.sum(),

@@ -299,9 +299,11 @@ def train_method(method, width, config, splits, lengths, advance):
         if turn in TIMED:
             # In turns with `sum`, so that whatever else the machine does slows both. The first
             # call may compile.
-            for _ in range(2 if turn == TIMED[0] else 1):
-                *_, of_sum = advance_runs(other_states, others, turn, length, config, examples)
-            ratios.append(seconds / of_sum)
+            of_sum = [
+                advance_runs(other_states, others, turn, length, config, examples)[-1]
+                for _ in range(2 if turn == TIMED[0] else 1)
+            ]
+            ratios.append(seconds / of_sum[-1])
         seen["accuracy"] = accuracy_runs(states, runs.tasks, splits["test"])
         halves = halves_of(runs, turn, config, examples)
         seen["same_task_cosine"] = same_task_cosine_runs(states, runs.tasks, halves, examples)
@@ -494,7 +496,7 @@ def train_all(parser, config, lengths):
     return {run: results[run] for run in files}
 
 
-def read_data(parser, config):
+def read_data(parser: Parser, config):
     """The splits, with a share of the first task's training labels replaced."""
     try:
         splits = load(config.data, config.data_dir)

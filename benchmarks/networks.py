@@ -7,6 +7,7 @@ Weights start at random: the published runs of the residual networks start from 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,11 @@ from jax import lax
 def shared(path: str) -> bool:
     """Whether the parameter at this path is used by all tasks, for `surgery.on_shared`."""
     return not path.startswith("task_")
+
+
+def predict(net: nn.Module, params: Any, variables: Any, inputs: jax.Array) -> Any:
+    """What the network says, after training: the statistics of batch normalisation stay."""
+    return net.apply({"params": params, **variables}, inputs, train=False)
 
 
 def batch_norm(train: bool) -> nn.Module:
@@ -199,13 +205,14 @@ class SegNet(nn.Module):
             down.append(block(first_down[-1], train))
             features, place = pool_with_places(down[-1])
             places.append(place)
-        unpooled, up = [None] * 5, [None] * 5
+        unpooled, up = {}, {}
         for level in reversed(range(5)):
             unpooled[level] = unpool(features, places[level])
             block = ConvBlock(back[level], name=f"up_{level}")
             more_blocks = ConvBlock(back[level], more[level], name=f"up_{level}_more")
             features = up[level] = more_blocks(block(unpooled[level], train), train)
 
+        down_blocks, up_blocks = [], []
         if self.attention:
             # One set of blocks takes the masked features of all tasks from level to level.
             down_blocks = [
@@ -215,7 +222,6 @@ class SegNet(nn.Module):
         predictions = {}
         for task, outputs in self.outputs.items():
             if self.attention:
-                features = None
                 for level in range(5):
                     seen = first_down[level]
                     if level:
@@ -303,7 +309,13 @@ class ResNet(nn.Module):
     def __call__(self, images, train):
         features = convolve(images, self.width, 7, 2)
         features = nn.relu(batch_norm(train)(features))
-        features = nn.max_pool(features, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        sides = ((1, 1), (1, 1))
+        features = nn.max_pool(
+            features,
+            (3, 3),
+            (2, 2),
+            padding=sides,  # pyright: ignore[reportArgumentType]  # it takes pairs, too
+        )
         for stage, blocks in enumerate(self.stages):
             widened = 2 ** (stage - 1) if self.dilated and stage >= 2 else 1
             for block in range(blocks):

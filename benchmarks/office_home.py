@@ -21,7 +21,7 @@ import optax
 
 import optax_surgery as surgery
 from benchmarks import image_suite
-from benchmarks.networks import ImageClassifier, normalise, resnet18
+from benchmarks.networks import ImageClassifier, normalise, predict, resnet18
 from benchmarks.training import DataError, Problem, Split, read_image, side_by_side
 
 TASKS = ("Art", "Clipart", "Product", "Real World")
@@ -98,7 +98,7 @@ def make_problem(tasks, config):
     net = ImageClassifier(resnet18(width=config.channels), outputs)
 
     def init(key):
-        return net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True)
+        return dict(net.init(key, jnp.zeros((1, config.size, config.size, 3)), train=True))
 
     def by_task(batch):
         return (jnp.moveaxis(batch[name][:, chosen], 1, 0) for name in ("image", "label"))
@@ -111,8 +111,8 @@ def make_problem(tasks, config):
         return jnp.mean(errors), variables
 
     def value_and_grad(params, variables, batch, key):
-        def loss_fn(params, *args):
-            return task_loss(params, *args, variables)
+        def loss_fn(params, task, images, labels):
+            return task_loss(params, task, images, labels, variables)
 
         (losses, several), task_grads = surgery.per_task_value_and_grad(loss_fn, has_aux=True)(
             params, each, *by_task(batch)
@@ -122,7 +122,7 @@ def make_problem(tasks, config):
 
     def measure(params, variables, batch):
         def right(task, images, labels):
-            logits = net.apply({"params": params, **variables}, normalise(images), train=False)
+            logits = predict(net, params, variables, normalise(images))
             return jnp.argmax(jnp.stack(logits)[task], axis=-1) == labels
 
         counts = batch["counts"][:, chosen].T
@@ -137,7 +137,7 @@ def make_problem(tasks, config):
 
 
 def mean_accuracy(metrics):
-    return np.mean(list(metrics.values()))
+    return float(np.mean(list(metrics.values())))
 
 
 def suite(config):

@@ -110,7 +110,7 @@ class Config:
 # --- The data
 
 
-def read_data(parser, config):
+def read_data(parser: Parser, config):
     """The splits with standardised targets, and the spread of each target in its unit."""
     try:
         arrays = qm9_data.load(config.data_file)
@@ -447,12 +447,10 @@ def in_words(board, results, config):
         "Some target is hardly learnt (mean absolute error above 0.75 standard deviations; always "
         f"predicting the mean of a normal target has 0.80) by: {', '.join(useless) or 'none'}."
     )
-    grid = np.float32([min(config.learning_rates), max(config.learning_rates)])
     edge = [
         method
         for method, result in results.items()
-        if len(config.learning_rates) > 1
-        and not set(grid).isdisjoint(np.float32(result["learning_rates"]))
+        if sweep.at_the_edge(config.learning_rates, result["learning_rates"])
     ]
     yield f"The best learning rate is at the edge of the grid for: {', '.join(edge) or 'none'}."
 
@@ -544,7 +542,7 @@ def train_all(parser, config):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.qm9", description=__doc__.split("\n\n")[0])
+    parser = Parser("python -m benchmarks.qm9", description=(__doc__ or "").split("\n\n")[0])
     config = parse(parser, Config, argv)
     if config.steps % config.points:
         parser.error(f"argument --steps: expected a multiple of --points, got {config.steps}")

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def load(cache=CACHE):
         if cache.exists():
             with np.load(cache) as kept:
                 return {name: kept[name] for name in ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as bad:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as bad:
         what = " ".join(f"{type(bad).__name__}: {bad}".split())
         raise BadTable(f"{cache} is truncated or no cache of QM9 ({what}): remove it") from bad
     arrays = read_tables(package_folder())

@@ -10,6 +10,7 @@ twice and to write the update once, timed in the same run. All take turns in eve
 import collections
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import io
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 # JAX would take most of a GPU's memory for itself, and leave little to PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -41,12 +42,19 @@ from rich.table import Table
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 
-try:
-    import torch
-    from torchjd import aggregation
-    from torchjd.autojac import jac_to_grad
-except ImportError:
-    torch = None
+
+def peers() -> tuple[Any, Any, Any]:
+    """PyTorch and the parts of TorchJD that are used; all None where one is missing."""
+    try:
+        torch = importlib.import_module("torch")
+        aggregation = importlib.import_module("torchjd.aggregation")
+        autojac = importlib.import_module("torchjd.autojac")
+    except ImportError:
+        return None, None, None
+    return torch, aggregation, autojac
+
+
+torch, aggregation, autojac = peers()
 
 CAGRAD_C = 0.4
 METHODS = {
@@ -238,7 +246,7 @@ def in_torchjd(aggregator, stack):
         for param in params:
             param.grad = None
         # Without a concatenation, which would cost another copy of the stack.
-        jac_to_grad(params, aggregator, retain_jac=True, optimize_gramian_computation=True)
+        autojac.jac_to_grad(params, aggregator, retain_jac=True, optimize_gramian_computation=True)
         return [param.grad for param in params]
 
     def call():
@@ -503,7 +511,7 @@ def floor(seconds):
 def training_steps(seconds):
     """Whole steps with PCGrad and with the mean, on the same gradients."""
     gradients, pcgrad, mean = together(*(seconds[name] for name in STEP))
-    return gradients + pcgrad, gradients + mean
+    return np.array([gradients + pcgrad, gradients + mean])
 
 
 def ratios(seconds):
@@ -658,7 +666,7 @@ def main(argv=None):
     config = parse(parser, Config, argv)
     files = config.out / "results.json", config.out / "speed.png"
     check_output(parser, files, config.overwrite)
-    busy = psutil.cpu_percent(interval=1.0) / 100 * os.cpu_count()
+    busy = psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1)
     left_out = {}
     aggregators = torchjd_aggregators(config, left_out)
     jobs = plan(config, left_out)

@@ -62,7 +62,8 @@ def paired_tests(differences: Mapping[Hashable, np.ndarray]) -> dict[Hashable, d
     for method, points in differences.items():
         # All differences alike, as of a method that does nothing: NaN, and no evidence.
         with np.errstate(invalid="ignore", divide="ignore"):
-            p = float(np.nan_to_num(stats.ttest_1samp(points, 0).pvalue, nan=1))
+            test = stats.ttest_1samp(points, 0)
+            p = float(np.nan_to_num(test.pvalue, nan=1))  # pyright: ignore[reportAttributeAccessIssue]
         reach = interval_95(points)
         found[method] = {"points": points, "mean": np.mean(points), "interval_95": reach, "p": p}
     adjusted = 0.0
@@ -110,7 +111,7 @@ def leaderboard(metrics, higher_is_better, baselines=("sum", "linear")):
     }
     # A method that diverged in some seed is last.
     key = {name: np.nan_to_num(row["delta_m"], nan=np.inf) for name, row in rows.items()}
-    return {name: rows[name] for name in sorted(rows, key=key.get)}
+    return {name: rows[name] for name in sorted(rows, key=lambda name: key[name])}
 
 
 def verdict(test):

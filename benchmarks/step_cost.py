@@ -143,13 +143,17 @@ def make_ways(network, num_tasks):
 # --- Measuring
 
 
+def bytes_needed(compiled):
+    analysis = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
 def measure(network, num_tasks, config, advance):
     """Seconds and bytes of each way; NaN seconds where it needs more memory than allowed."""
     steps, found = {}, {}
     for way, (function, arguments) in make_ways(network, num_tasks).items():
         compiled = jax.jit(function).lower(*arguments).compile()
-        analysis = compiled.memory_analysis()
-        size = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        size = bytes_needed(compiled)
         found[way] = {"bytes": size, "seconds": []}
         if size <= config.memory_limit * 1e9:
             steps[way] = (compiled, arguments)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command_line import as_json, write
+from benchmarks.command_line import Parser, as_json, write
 
 # What chooses runs, or says where things are. All other options shape the runs themselves.
 NOT_OF_A_RUN = frozenset(
@@ -20,7 +20,7 @@ def stamp(config):
     return {"format": described["format"], "options": options, "versions": described["versions"]}
 
 
-def finished_runs(parser, config, files):
+def finished_runs(parser: Parser, config, files):
     """Reads what earlier calls have finished. A file that does not belong here is an error.
 
     Args:
@@ -48,7 +48,7 @@ def finished_runs(parser, config, files):
     return found
 
 
-def read(parser, path, needed=("format", "results")):
+def read(parser: Parser, path, needed=("format", "results")):
     """A results file with what is needed of it, or an error that names it."""
     try:
         content = json.loads(Path(path).read_text())
@@ -87,3 +87,9 @@ def best(scores):
     """
     means = np.nan_to_num(np.mean(scores, axis=-1), nan=-np.inf)
     return tuple(int(n) for n in np.unravel_index(np.argmax(means), means.shape))
+
+
+def at_the_edge(grid, chosen):
+    """Whether one of the chosen numbers is the least or the largest of several to choose from."""
+    ends = np.array([min(grid), max(grid)], np.float32)
+    return len(grid) > 1 and bool(np.isin(np.array(chosen, np.float32), ends).any())

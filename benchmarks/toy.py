@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ def shared_pareto_set():
         return -0.5 * (1 - switch**2) * bowl + switch * 0.02 * (x2 + 8)
 
     x1 = np.linspace(-7, 7, 1401)
-    return np.stack([x1, [optimize.brentq(slope, -9, -8, args=(each,)) for each in x1]], axis=1)
+    x2 = np.array([optimize.brentq(slope, -9, -8, args=(each,)) for each in x1], float)
+    return np.stack([x1, x2], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,7 +264,7 @@ def train(landscape, method, scales, starts, num_points, stride):
             updates, state = tx.update(task_grads, state, params, **extra_args)
             return (optax.apply_updates(params, updates), state), None
 
-        def record(carry, _):
+        def record(carry, _) -> tuple[Any, Any]:
             carry, _ = lax.scan(step, carry, length=stride)
             return carry, carry[0]
 
@@ -476,7 +477,7 @@ def make_grid(name, paths, outcomes, steps):
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     x1, x2 = np.linspace(*landscape.window[:2], 120), np.linspace(*landscape.window[2:], 120)
     points = np.stack(np.meshgrid(x1, x2), axis=-1)
-    losses = np.asarray(jax.vmap(jax.vmap(landscape.losses))(points)) * setting.scales
+    losses = np.asarray(jax.vmap(jax.vmap(landscape.losses))(jnp.asarray(points))) * setting.scales
     surface = x1, x2, losses.sum(axis=-1)
     for axes, method in zip(grid.flat, methods, strict=False):
         shown = {"surface": surface, "pareto_set": landscape.goal}
@@ -504,11 +505,12 @@ def make_front(outcomes):
     names = [name for name in SETTINGS if any(of == name for of, _ in outcomes)]
     names = [name for name in names if SETTINGS[name].landscape is SHARED]
     figure = Figure(figsize=(4.2 * len(names), 4.8), layout="constrained", dpi=120)
-    for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
+    panels = np.ravel(figure.subplots(1, len(names)))
+    for axes, name in zip(panels, names, strict=True):
         setting = SETTINGS[name]
         of_methods = {method: found for (of, method), found in outcomes.items() if of == name}
         others = [found.losses for method, found in of_methods.items() if method not in MARKERS]
-        front = np.asarray(jax.vmap(SHARED.losses)(SHARED.goal)) * setting.scales
+        front = np.asarray(jax.vmap(SHARED.losses)(jnp.asarray(SHARED.goal))) * setting.scales
         plotting.pareto_front(
             np.concatenate([np.empty((0, 2)), *others]),
             front=front,
@@ -531,7 +533,7 @@ def make_front(outcomes):
         axes.get_legend().remove()
         axes.set_title(f"{setting.title}: {setting.scales[0]:g} L1, {setting.scales[1]:g} L2")
         axes.set(xlabel="first loss", ylabel="second loss")
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
 

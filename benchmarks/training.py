@@ -105,11 +105,14 @@ def tfds_sources(name, data_dir, download, splits):
     folder = prepared[-1].parent
     logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV for decoding
     try:
-        builder = tfds.builder_from_directory(folder)
-        return {split: builder.as_data_source(split) for split in splits}
+        return data_sources(tfds.builder_from_directory(folder), splits)
     except Exception as error:  # of parsers of JSON, protocol buffers and array_record
         message = " ".join(str(error).split())
         raise DataError(f"cannot read {name} in {folder}: {message}") from error
+
+
+def data_sources(builder, splits):
+    return {split: builder.as_data_source(split) for split in splits}
 
 
 def read_record(source, position, folder):
@@ -128,7 +131,7 @@ def batches(split, order, batch_size):
         pending = collections.deque()
         for chunk in chunks:
             pending.append(executor.submit(split.read, chunk))
-            if len(pending) > 2 * os.cpu_count():
+            if len(pending) > 2 * (os.cpu_count() or 1):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -139,7 +142,8 @@ def batches(split, order, batch_size):
 
 def make_optimiser(method, num_tasks, adam):
     """Surgery where the tasks meet, then Adam. Its head has each task to itself."""
-    operated = optax.chain(surgery.monitor(num_tasks), method)
+    # Chained, as only then it also watches methods on coordinates, which have no weights to show.
+    operated = surgery.Surgery(*optax.chain(surgery.monitor(num_tasks), method))
     return optax.chain(surgery.on_shared(operated, shared), adam)
 
 

@@ -1,17 +1,22 @@
 """The picture of the README: two conflicting gradients, and what each method makes of them.
 
-Run `python -m benchmarks.two_gradients`; it writes benchmarks/pictures/two_gradients.png.
+Run `python -m benchmarks.two_gradients`.
 """
 
+import io
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import optax_surgery as surgery
+from benchmarks.command_line import Parser, check_output, write
 
-PICTURE = Path(__file__).parent / "pictures" / "two_gradients.png"
+PICTURES = Path(__file__).parent / "pictures"
 TASK_GRADS = jnp.array([[2.4, 0.35], [-0.75, 0.95]])
 METHODS = {
     "sum": surgery.sum(),
@@ -21,8 +26,8 @@ METHODS = {
 TASK_COLOURS = ("#0072B2", "#D55E00")
 
 
-def update_of(tx):
-    update, _ = tx.update(TASK_GRADS, tx.init(None))
+def update_of(tx) -> Any:
+    update, _ = tx.update(TASK_GRADS, tx.init(TASK_GRADS[0]))
     return update
 
 
@@ -47,9 +52,8 @@ def arrow(axes, vector, **style):
 
 def draw(axes, name, tx):
     update, parts = update_of(tx), parts_of(name)
-    for task, (gradient, part, colour) in enumerate(
-        zip(TASK_GRADS, parts, TASK_COLOURS, strict=True)
-    ):
+    for task, colour in enumerate(TASK_COLOURS):
+        gradient, part = TASK_GRADS[task], parts[task]
         arrow(axes, gradient, color=colour, lw=1.5, alpha=0.35, mutation_scale=14)
         axes.annotate(f"$g_{task + 1}$", gradient, color=colour, fontsize=13, alpha=0.7)
         if name != "sum":
@@ -66,17 +70,32 @@ def draw(axes, name, tx):
     axes.spines[:].set_visible(False)
 
 
-def main():
-    figure, row = plt.subplots(1, len(METHODS), figsize=(12, 3.9), layout="constrained")
+def make_figure():
+    figure = Figure(figsize=(12, 3.9), layout="constrained", dpi=120)
+    row = np.ravel(figure.subplots(1, len(METHODS)))
     for axes, (name, tx) in zip(row, METHODS.items(), strict=True):
         draw(axes, name, tx)
     strokes = {"pale: the two task gradients": "0.75", "black: the update": "black"}
     strokes["in colour: what the method makes of them"] = TASK_COLOURS[0]
-    handles = [plt.Line2D([], [], color=colour, lw=3) for colour in strokes.values()]
-    figure.legend(handles, strokes, loc="outside lower center", ncols=3, frameon=False)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
-    print(f"wrote {PICTURE}")
+    handles = [Line2D([], [], color=colour, lw=3) for colour in strokes.values()]
+    figure.legend(handles, list(strokes), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def main(argv=None):
+    parser = Parser("python -m benchmarks.two_gradients", description=__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=PICTURES,
+        help="folder for the picture (default: benchmarks/pictures)",
+    )
+    picture = parser.parse_args(argv).out / "two_gradients.png"
+    check_output(parser, [picture], overwrite=True)
+    drawn = io.BytesIO()
+    make_figure().savefig(drawn)
+    write({picture: drawn.getvalue()})
+    print(f"Written: {picture}")
 
 
 if __name__ == "__main__":

@@ -1,357 +1,614 @@
-"""The inner abstraction: a rule from the Gramian to weights, made a transformation.
+"""The inner abstraction: a rule from what is known of the tasks to their weights.
 
-A `Weighting` is all that the author of a method writes. `gradient_surgery` makes an
-`optax.GradientTransformationExtraArgs` of it and takes care of pytrees, dtypes,
-masks, randomness and state.
+A `Weighting` is all that the author of a method writes. It sees the `Tasks` of one step and finds
+their weights; `gradient_surgery` makes a `Surgery` of it, an optax transformation, and takes care
+of pytrees, dtypes, masks, randomness and state. Where the update is no weighted sum of the task
+gradients, a `StackedRule` sees the gradients themselves, and `stacked_surgery` does the same.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
-from optax_surgery import trees
+from optax_surgery import checks, trees
+
+PyTree = Any
+PerTask = Any  # an array of shape (T,), or a tree of T scalars in the order of `jax.tree.leaves`
 
 
-class WeightingUpdateFn(Protocol):
-    """The rule of a method: from the Gramian of the task gradients to their weights."""
+class SurgeryUpdateFn(Protocol):
+    """The `update` of a surgery; see `gradient_surgery` for what it takes."""
 
     def __call__(
         self,
-        gramian: jax.Array,
-        state: Any,
-        /,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
         *,
-        key: jax.Array,
-        losses: jax.Array | None,
-        task_mask: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """Returns the weights and the next state.
-
-        Args:
-          gramian: (T, T) inner products, float32 or float64. Rows and columns of
-            masked tasks are zero.
-          state: what `init` returned, or the state of the last step.
-          key: a PRNG key, new in every step.
-          losses: (T,) task losses, 1 for masked tasks; None if the caller gave none.
-          task_mask: (T,) bool, False where a task takes no part in this step.
-
-        Returns:
-          (T,) weights, of which those of masked tasks are ignored, and the state,
-          of the same structure, shapes and dtypes as before.
-        """
+        losses: PerTask | None = None,
+        task_mask: PerTask | None = None,
+        gramian: Any = None,
+        key: jax.Array | int | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, PyTree]:
+        """Returns the update, of leaves (*shape), and the next state."""
         ...
 
 
-class Weighting(NamedTuple):
-    """A method of gradient surgery, as a pure rule on a (T, T) matrix.
+class Surgery(optax.GradientTransformationExtraArgs):
+    """An optax transformation of stacked task gradients, of leaves (T, *shape) to (*shape).
 
-    Attributes:
-      init: () -> state, a pytree of arrays of fixed shapes; `tuple` for none.
-      update: see `WeightingUpdateFn`.
+    It adds nothing but its name to `optax.GradientTransformationExtraArgs`: what needs a surgery
+    knows one by its type. `Surgery(*tx)` says of a transformation that it is one:
+
+    Examples:
+      >>> import optax
+      >>> import optax_surgery as surgery
+      >>> clip = surgery.per_task(optax.clip_by_global_norm(1.0), num_tasks=3)
+      >>> clipped = surgery.Surgery(*optax.chain(clip, surgery.pcgrad()))
+      >>> tx = optax.chain(surgery.every(clipped, k=1, num_tasks=3), optax.adam(1e-3))
     """
 
-    init: Callable[[], Any]
-    update: WeightingUpdateFn
+    update: SurgeryUpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class SurgeryState(NamedTuple):
     """State of a surgery.
 
     Attributes:
-      surgery_step: () int32, the number of updates so far, from which the key of the
-        next one follows.
-      weighting_state: the state of the `Weighting`, or of a method on coordinates.
+      surgery_step: () int32, the number of updates so far, from which the key of the next one
+        follows.
+      unusable_losses: () int32, how many losses the method could not use so far, such as negative
+        ones of which it takes the logarithm. Their tasks had weight zero in that step.
+      weighting_state: the state of the `Weighting` or `StackedRule`.
     """
 
     surgery_step: jax.Array
+    unusable_losses: jax.Array
     weighting_state: Any
 
 
+# What a rule sees
+
+
+class Once:
+    """A function without arguments that is called when it is first needed, and only then.
+
+    What it returns is kept for the trace in which this object was made, and may be used in all
+    within. Nothing is kept of a call within a branch of a `cond` or under `vmap`, where a value
+    may not outlive the branch: there a second call traces the same again, and the compiler merges
+    both.
+    """
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function = function
+        self._trace = _trace()
+        self._found: list[Any] = []
+
+    def __call__(self) -> Any:
+        """The value of the function."""
+        if self._found:
+            return self._found[0]
+        value = self._function()
+        if _trace() == self._trace:
+            self._found.append(value)
+        return value
+
+
+class MadeGramian(Once):
+    """The Gramian of one batch, made by a surgery for the one inside of it.
+
+    A rule that needs the Gramian of two batches refuses it.
+
+    Attributes:
+      scale: as `Tasks.gramian_scale`, or None for 1.
+      relative: as `Tasks.relative_gramian`, or None where that is all the same.
+    """
+
+    def __init__(
+        self,
+        gramian: Callable[[], jax.Array],
+        scale: Callable[[], jax.Array] | None = None,
+        relative: Callable[[], tuple[jax.Array, jax.Array]] | None = None,
+    ):
+        super().__init__(gramian)
+        self.scale, self.relative = scale, relative
+
+
+class Tasks:
+    """What a rule may look at in one step.
+
+    Gramian, losses and key are gathered when they are first looked at: a rule that does not look
+    does not pay, and needs nothing from the caller. A rule may look in one branch of a `cond`, in
+    both, and afterwards.
+
+    Attributes:
+      num_tasks: T.
+      step: () int32, the number of updates before this one.
+      task_mask: (T,) bool, False where a task takes no part in this step.
+      dtype: of the Gramian and the losses, float32 or float64.
+      extra_args: what the caller of `update` gave by keyword, for a surgery within this one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        updates: optax.Updates,
+        task_mask: jax.Array,
+        *,
+        step: jax.Array,
+        key: jax.Array | int,
+        extra_args: dict[str, Any],
+        all_take_part: bool,
+    ):
+        given = extra_args.get("gramian")
+        self._name = name
+        self.num_tasks, self.step, self.task_mask = task_mask.size, step, task_mask
+        self.extra_args = extra_args
+        self.dtype = trees.gramian_dtype((updates, None if callable(given) else given))
+        self._names = {
+            argument: checks.tree_names(extra_args[argument])
+            for argument in ("losses", "task_mask")
+            if argument in extra_args and checks.is_tree(extra_args[argument])
+        }
+        num_tasks, dtype, names = self.num_tasks, self.dtype, self._names
+        mask = None if all_take_part else task_mask
+
+        # No function holds this object, which would keep what was traced alive.
+        def draw():
+            if "key" in extra_args:
+                return _prng_key(extra_args["key"])
+            return jax.random.fold_in(_prng_key(key), step)
+
+        def gather():
+            if given is None:
+                return trees.gramian_and_scale(updates, mask)
+            gramian = checks.gramian(given() if callable(given) else given, num_tasks)
+            scale = jnp.ones((), dtype)
+            if isinstance(given, MadeGramian) and given.scale is not None:
+                scale = given.scale().astype(dtype)
+            return trees.mask_gramian(mask, gramian.astype(dtype)), scale
+
+        def losses():
+            losses = checks.needed(name, "losses", extra_args.get("losses"))
+            losses = checks.per_task("losses", losses, num_tasks, names).astype(dtype)
+            return losses if mask is None else jnp.where(task_mask, losses, 1)
+
+        def gather_relative():
+            if given is None:
+                return trees.relative_gramian(updates, mask)
+            if not isinstance(given, MadeGramian) or given.relative is None:
+                gramian, scale = gathered()
+                return gramian, jnp.broadcast_to(scale, num_tasks)
+            gramian, scales = given.relative()
+            return trees.mask_gramian(mask, gramian.astype(dtype)), scales.astype(dtype)
+
+        gathered = Once(gather)
+        self._key, self._gathered, self._losses = Once(draw), gathered, Once(losses)
+        self._relative = Once(gather_relative)
+
+    @property
+    def key(self) -> jax.Array:
+        """A PRNG key, new in every step."""
+        return self._key()
+
+    @property
+    def losses(self) -> jax.Array:
+        """(T,) task losses, 1 for masked tasks; refused if the caller gave none."""
+        return self._losses()
+
+    @property
+    def gramian(self) -> jax.Array:
+        """(T, T) inner products, rows and columns of masked tasks zero.
+
+        Where squares of gradients do not fit the dtype (norms of 1e30 or 1e-30 in float32), this
+        is the Gramian of the gradients times `gramian_scale`.
+        """
+        return self._gathered()[0]
+
+    @property
+    def gramian_scale(self) -> jax.Array:
+        """() the power of two that the gradients were multiplied by for the Gramian; mostly 1."""
+        return self._gathered()[1]
+
+    @property
+    def relative_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """The Gramian, and (T,) powers of two that the gradients were multiplied by for it.
+
+        For what looks at norms and cosines: right where norms of 1e30 and 1e-30 stand side by side.
+        """
+        return self._relative()
+
+    @property
+    def given_gramian(self) -> jax.Array:
+        """(T, T) the Gramian that the caller passed, of two batches, which need not be symmetric.
+
+        Refused if the caller passed none, or one that another surgery made of one batch.
+        """
+        given = checks.needed(self._name, "gramian", self.extra_args.get("gramian"))
+        if isinstance(given, MadeGramian):
+            checks.given_gramian(self._name)
+        return self.gramian
+
+    def read(self, name: str, value: PerTask) -> jax.Array:
+        """A factory's argument with one entry per task, as (T,) numbers in the rows' order."""
+        return checks.per_task(name, value, self.num_tasks, self._names).astype(self.dtype)
+
+    def preference(self, value: PerTask | None) -> jax.Array:
+        """(T,) the preference of the tasks that take part: 1/T each unless the user chose one."""
+        if value is None:
+            active = self.task_mask.astype(self.dtype)
+            return active / jnp.maximum(jnp.sum(active), 1)
+        return jnp.where(self.task_mask, self.read("preference", value), 0)
+
+
+# What the author of a method writes
+
+
+class WeightingUpdateFn(Protocol):
+    """The rule of a method: from what is known of the tasks to their weights."""
+
+    def __call__(self, tasks: Tasks, state: Any, /) -> tuple[jax.Array, Any]:
+        """Returns the weights and the next state.
+
+        Args:
+          tasks: what there is to look at.
+          state: what `init` returned, or the state of the last step.
+
+        Returns:
+          (T,) weights, of which those of masked tasks are ignored, and the state, of the same
+          structure, shapes and dtypes as before.
+        """
+        ...
+
+
+class Weighting(NamedTuple):
+    """A method of gradient surgery, as a rule from `Tasks` to weights.
+
+    Attributes:
+      init: () -> state, a pytree of arrays of fixed shapes; `tuple` for none.
+      update: see `WeightingUpdateFn`.
+      usable: (tasks) -> (T,) bool, the tasks whose losses the rule can use, where it cannot use
+        all, as their logarithms. The others are masked in this step, and counted in the state.
+    """
+
+    init: Callable[[], Any]
+    update: WeightingUpdateFn
+    usable: Callable[[Tasks], jax.Array] | None = None
+
+
+class StackedRule(NamedTuple):
+    """A method that is no function of the Gramian of one step, as a rule on stacked gradients.
+
+    Attributes:
+      init: params -> state, a pytree of arrays of fixed shapes.
+      update: (tasks, task_updates, state) -> (update, state). Gradients of masked tasks are zero.
+        At least one task takes part: where the caller masks all, the rule sees all of them with
+        gradients of zero, and what it returns is dropped. Updates may be in float32 whatever the
+        dtype of the gradients.
+      usable: as of `Weighting`.
+    """
+
+    init: Callable[[optax.Params], Any]
+    update: Callable[[Tasks, optax.Updates, Any], tuple[optax.Updates, Any]]
+    usable: Callable[[Tasks], jax.Array] | None = None
+
+
 def gradient_surgery(
-    weighting: Weighting, *, key: jax.Array | int = 0
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a weighting an optax transformation of stacked task gradients.
+    weighting: Weighting, *, name: str, num_tasks: int | None = None, key: jax.Array | int = 0
+) -> Surgery:
+    """Makes a weighting a surgery.
 
-    The update is the sum of the task gradients with the weights that the rule finds in
-    their Gramian. Its `update` takes
+    The update is the sum of the task gradients with the weights that the rule finds. Its `update`
+    takes
 
-    - `task_updates`: pytree whose leaves have shape (T, *param.shape). T may change from
-      call to call unless the weighting keeps one number per task.
+    - `updates`: pytree whose leaves have shape (T, *param.shape). T may change from call to call
+      unless `num_tasks` says what it is.
     - `params`: optional, the parameters. With them, unstacked gradients are told for certain.
-    - `losses`: (T,) task losses, for the methods that use them.
-    - `task_mask`: (T,) bool, False where a task takes no part in this step. Its gradient
-      and its loss may hold anything, NaN too. If all are False, the update is zero and
-      the state stays as it was.
-    - `gramian`: (T, T) inner products to use instead of those of `task_updates`. With
-      `task_updates=jnp.eye(T)` the update is then the weights themselves.
+    - `losses`: (T,) task losses or a tree of them, for the methods that use them.
+    - `task_mask`: (T,) bool or a tree of booleans, False where a task takes no part in this step.
+      Its gradient and its loss may hold anything, NaN too. If all are False, the update is zero
+      and the state stays as it was.
+    - `gramian`: (T, T) inner products to use instead of those of `updates`, or a function without
+      arguments that returns them, which is called only if the rule looks. With
+      `updates=jnp.eye(T)` the update is then the weights themselves.
+    - `key`: a PRNG key for this step, in place of the one that follows from the step.
 
     and ignores other extra arguments.
 
-    Where gradients are so large or small that their squares do not fit the dtype (norms
-    of 1e30 or 1e-30 in float32), the rule sees the Gramian of the gradients times a power
-    of two. Rules that do not depend on the common scale of the gradients, which are most,
-    do not notice.
+    Where gradients are so large or small that their squares do not fit the dtype (norms of 1e30
+    or 1e-30 in float32), the rule sees the Gramian of the gradients times a power of two. Rules
+    that do not depend on the common scale of the gradients, which are most, do not notice.
 
     Args:
       weighting: the rule.
+      name: of the method, for messages.
+      num_tasks: T, at least 1, where the rule keeps a number per task; by default any.
       key: seed or PRNG key of a random rule. Step t uses `jax.random.fold_in(key, t)`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose updates have the parameters' shapes
-      and the dtypes of the gradients.
+      A `Surgery` whose updates have the parameters' shapes and the dtypes of the gradients.
 
     Raises:
-      ValueError: at trace time, if gradients, losses, mask or Gramian do not fit together.
+      ValueError: at once, for an argument out of its range; at trace time, if gradients, losses,
+        mask, Gramian or state do not fit together.
 
     Examples:
       Weights that are inverse to the norms of the gradients:
 
       >>> import jax.numpy as jnp
       >>> import optax_surgery as surgery
-      >>> def normalised(gramian, state, *, key, losses, task_mask):
-      ...     return 1 / jnp.maximum(surgery.task_norms(gramian), 1e-12), state
-      >>> tx = surgery.gradient_surgery(surgery.Weighting(init=tuple, update=normalised))
+      >>> def normalised(tasks, state):
+      ...     return 1 / jnp.maximum(surgery.task_norms(tasks.gramian), 1e-12), state
+      >>> weighting = surgery.Weighting(init=tuple, update=normalised)
+      >>> tx = surgery.gradient_surgery(weighting, name="normalised")
       >>> task_grads = jnp.array([[3.0, 4.0], [0.0, 100.0]])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
       >>> updates
       Array([0.6, 1.8], dtype=float32)
     """
 
-    def init_fn(params: optax.Params) -> SurgeryState:
-        del params
-        return SurgeryState(jnp.zeros((), jnp.int32), weighting.init())
+    checks.arguments(
+        gradient_surgery, locals(), weighting=Weighting, name=str, num_tasks="int [1, inf)"
+    )
 
-    def update_fn(
-        task_updates: optax.Updates,
-        state: SurgeryState,
-        params: optax.Params | None = None,
-        *,
-        losses: jax.Array | None = None,
-        task_mask: jax.Array | None = None,
-        gramian: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SurgeryState]:
-        del extra_args
-        num_tasks = trees.check_task_updates(task_updates, params)
-        if not num_tasks:  # a group of `optax.partition` that holds no leaf
-            return task_updates, state
-        return operate(task_updates, state, losses, task_mask, gramian)
+    def update(tasks, task_updates, state):
+        weights, state = weighting.update(tasks, state)
+        # A mask only where there is one: without it nothing has to be chosen.
+        mask = tasks.task_mask if "task_mask" in tasks.extra_args else None
+        return trees.combine(weights, task_updates, mask), state
 
-    @jax.jit  # outside of the user's `jit`, loops would be compiled anew in every call
-    def operate(task_updates, state, losses, task_mask, gramian):
-        gramian, active = masked_gramian(task_updates, task_mask, gramian)
-        losses = _active_losses(losses, active, gramian.dtype)
-
-        weights, weighting_state = weighting.update(
-            gramian,
-            state.weighting_state,
-            key=jax.random.fold_in(_prng_key(key), state.surgery_step),
-            losses=losses,
-            task_mask=active,
-        )
-        next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
-        new_state = _next_state(active, SurgeryState(next_step, weighting_state), state)
-        return trees.combine(weights, task_updates, task_mask), new_state
-
-    # optax calls the first argument `updates`; ours are per task, and say so.
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+    rule = StackedRule(lambda params: weighting.init(), update, weighting.usable)
+    return _surgery(rule, name=name, num_tasks=num_tasks, key=key, masks=False)
 
 
 def stacked_surgery(
-    method: str,
-    init: Callable[[optax.Params], Any],
-    update: Callable[..., tuple[optax.Updates, Any]],
-    *,
-    num_tasks: int | None = None,
-    key: jax.Array | int = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a rule on the stacked gradients an optax transformation.
+    rule: StackedRule, *, name: str, num_tasks: int | None = None, key: jax.Array | int = 0
+) -> Surgery:
+    """Makes a rule on the stacked gradients a surgery.
 
-    For methods that are no function of the Gramian of one step. Masks, randomness, state and
-    errors are those of `gradient_surgery`, except that a Gramian is refused.
+    For methods whose update is no function of the Gramian of one step. Checks, masks, randomness
+    and state are those of `gradient_surgery`, except that a Gramian is refused.
 
     Args:
-      method: its name, for messages.
-      init: params -> state, a pytree of arrays of fixed shapes.
-      update: `(task_updates, state, *, key, step, losses, task_mask) -> (updates, state)`.
-        Gradients of masked tasks are zero, their losses 1; `step` is () int32, 0 at first.
-        There is at least one task that takes part: where the caller masks all, the rule sees
-        all of them with gradients of zero, and what it returns is dropped. Updates may be in
-        float32 whatever the dtype of the gradients.
-      num_tasks: number of tasks that the state is made for, if it is.
+      rule: the rule.
+      name: of the method, for messages.
+      num_tasks: T, at least 1, where the rule keeps a number per task; by default any.
       key: seed or PRNG key of a random rule. Step t uses `jax.random.fold_in(key, t)`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose updates have the parameters' shapes
-      and the dtypes of the gradients.
+      A `Surgery` whose updates have the parameters' shapes and the dtypes of the gradients.
+
+    Raises:
+      ValueError: at once, for an argument out of its range; at trace time, if gradients, losses,
+        mask or state do not fit together, or if a Gramian is given.
+
+    Examples:
+      The largest gradient at each coordinate:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> def largest(tasks, task_updates, state):
+      ...     return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0), task_updates), state
+      >>> rule = surgery.StackedRule(init=lambda params: (), update=largest)
+      >>> tx = surgery.stacked_surgery(rule, name="largest")
+      >>> task_grads = jnp.array([[3.0, 4.0], [0.0, 100.0]])
+      >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)))
+      >>> updates
+      Array([  3., 100.], dtype=float32)
     """
+    checks.arguments(
+        stacked_surgery, locals(), rule=StackedRule, name=str, num_tasks="int [1, inf)"
+    )
+    return _surgery(rule, name=name, num_tasks=num_tasks, key=key, masks=True)
 
-    def init_fn(params: optax.Params) -> SurgeryState:
-        return SurgeryState(jnp.zeros((), jnp.int32), init(params))
 
-    def update_fn(
-        task_updates: optax.Updates,
-        state: SurgeryState,
-        params: optax.Params | None = None,
-        *,
-        losses: jax.Array | None = None,
-        task_mask: jax.Array | None = None,
-        gramian: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SurgeryState]:
-        del extra_args
-        refuse_gramian(method, gramian)
-        got = trees.check_task_updates(task_updates, params)
-        if not got:  # a group of `optax.partition` that holds no leaf
-            return task_updates, state
-        if num_tasks is not None:
-            check_num_tasks(method, num_tasks, got)
-        return operate(task_updates, state, losses, task_mask)
+def _surgery(
+    rule: StackedRule, *, name: str, num_tasks: int | None, key: jax.Array | int, masks: bool
+) -> Surgery:
+    """What both factories share; `masks` says that the rule looks at the gradients themselves."""
 
-    @jax.jit  # outside of the user's `jit`, loops would be compiled anew in every call
-    def operate(task_updates, state, losses, task_mask):
-        task_updates, active = masked_task_updates(task_updates, task_mask)
-        losses = _active_losses(losses, active, trees.gramian_dtype(task_updates))
-        updates, rule_state = update(
-            task_updates,
-            state.weighting_state,
-            key=jax.random.fold_in(_prng_key(key), state.surgery_step),
-            step=state.surgery_step,
-            losses=losses,
-            task_mask=active | ~jnp.any(active),
-        )
-        updates = jax.tree.map(
-            lambda update, leaf: jnp.where(jnp.any(active), update, 0).astype(leaf.dtype),
-            updates,
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return SurgeryState(zero, jnp.copy(zero), rule.init(params))
+
+    def update(task_updates, state, params, extra_args):
+        if masks:
+            checks.no_gramian(name, extra_args.get("gramian"))
+        known = {
+            argument: value
+            for argument, value in extra_args.items()
+            if argument in _OURS or _are_arrays(value)
+        }
+        # Outside of the user's `jit`, loops would be compiled anew in every call.
+        run = compiled if _are_arrays(known) else operate
+        return run(task_updates, state, known)
+
+    def operate(task_updates, state, extra_args):
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)),
             task_updates,
         )
+        checks.state(name, jax.eval_shape(rule.init, params), state.weighting_state)
+        num = checks.stacked(task_updates)
+        active = trees.active_tasks(num, extra_args)
+        num_unusable = jnp.zeros((), jnp.int32)
+
+        def look(task_mask):
+            return Tasks(
+                name,
+                task_updates,
+                task_mask,
+                step=state.surgery_step,
+                key=key,
+                extra_args=extra_args,
+                all_take_part="task_mask" not in extra_args,
+            )
+
+        if rule.usable is not None:
+            usable = active & rule.usable(look(active))
+            num_unusable = jnp.sum(active & ~usable, dtype=jnp.int32)
+            active = usable
+            mask = trees.like(extra_args.get("losses"), active)
+            extra_args = extra_args | {"task_mask": mask}
+        any_active = jnp.any(active)
+        if masks:
+            if "task_mask" in extra_args:
+                task_updates = trees.mask_tasks(active, task_updates)
+            seen = look(active | ~any_active)
+        else:
+            seen = look(active)
+        updates, rule_state = rule.update(seen, task_updates, state.weighting_state)
+        if masks:
+            updates = jax.tree.map(
+                lambda update, leaf: jnp.where(any_active, update, 0).astype(leaf.dtype),
+                updates,
+                task_updates,
+            )
         next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
-        return updates, _next_state(active, SurgeryState(next_step, rule_state), state)
+        new_state = SurgeryState(next_step, state.unusable_losses + num_unusable, rule_state)
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(any_active, new, old).astype(old.dtype), new_state, state
+        )
+        count = state.unusable_losses + num_unusable
+        return updates, new_state._replace(unusable_losses=count)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+    checks.key(key)
+    compiled = jax.jit(operate)
+    return transformation(init, update, name=name, num_tasks=num_tasks, state_kind=SurgeryState)
 
 
-def coordinate_surgery(
-    method: str, rule: Callable[..., jax.Array], *, key: jax.Array | int = 0
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a rule on each coordinate, without a state, an optax transformation.
+def transformation(
+    init: Callable[[optax.Params], Any],
+    update: Callable[..., tuple[optax.Updates, Any]],
+    *,
+    name: str,
+    num_tasks: int | None = None,
+    kind: type = Surgery,
+    state_kind: type = object,
+) -> Any:
+    """Makes a transformation that checks what it is given, as every surgery does.
 
     Args:
-      method: its name, for messages.
-      rule: `(rows, *, key, task_mask) -> update`, from a leaf's gradients of shape (T, *shape),
-        float32 or float64 and zero where a task is masked, to the leaf's update. The key
-        differs from leaf to leaf and from step to step.
-      key: seed or PRNG key of a random rule.
-
-    Returns:
-      An `optax.GradientTransformationExtraArgs`, as of `stacked_surgery`.
+      init: params -> state.
+      update: (task_updates, state, params, extra_args) -> (updates, state). `extra_args` holds
+        what is not None.
+      name: for messages.
+      num_tasks: T, if it is made for so many tasks.
+      kind: of what comes back; not a `Surgery` if updates are still stacked, or are steps.
+      state_kind: of the state, if it is one's own.
     """
 
-    def update(task_updates, state, *, key, step, losses, task_mask):
-        del step, losses
-        return trees.map_rows(rule, task_updates, key=key, task_mask=task_mask), state
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        losses: PerTask | None = None,
+        task_mask: PerTask | None = None,
+        gramian: Any = None,
+        key: jax.Array | int | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        checks.state_kind(name, state_kind, state)
+        got = checks.stacked(updates, params)
+        if not got:  # a group of `optax.partition` that holds no leaf
+            return updates, state
+        checks.num_tasks(name, num_tasks, got)
+        extra_args |= {"losses": losses, "task_mask": task_mask, "gramian": gramian, "key": key}
+        given = {argument: value for argument, value in extra_args.items() if value is not None}
+        checks.beside(given, got)
+        return update(updates, state, params, given)
 
-    return stacked_surgery(method, lambda params: (), update, key=key)
-
-
-def with_gramian(
-    method: str, tx: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """Makes `gramian` a needed argument, for methods of two independent batches."""
-
-    def update_fn(task_updates, state, params=None, *, gramian=None, **extra_args):
-        gramian = needed(method, gramian=gramian)
-        return tx.update(task_updates, state, params, gramian=gramian, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)  # pyright: ignore[reportArgumentType]
-
-
-def masked_task_updates(
-    task_updates: optax.Updates, task_mask: jax.Array | None
-) -> tuple[optax.Updates, jax.Array]:
-    """The gradients that a rule may see, zero where a task is masked, and the (T,) mask."""
-    active = active_tasks(task_updates, task_mask)
-    return (task_updates if task_mask is None else trees.mask_tasks(active, task_updates)), active
+    return kind(init, update_fn)
 
 
-def masked_gramian(
-    task_updates: optax.Updates, task_mask: jax.Array | None, gramian: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The Gramian that a rule may see, zero where a task is masked, and the (T,) mask.
+def weights_of(surgery: Surgery, tasks: Tasks, state: Any) -> tuple[jax.Array, Any]:
+    """The weights that a surgery finds for these tasks: its update of the identity."""
+    made = MadeGramian(
+        lambda: tasks.gramian, lambda: tasks.gramian_scale, lambda: tasks.relative_gramian
+    )
+    return identity_update(surgery, state, tasks.num_tasks, tasks.dtype, tasks.extra_args, made)
 
-    Other than `masked_task_updates`, it makes no copy of the gradients.
+
+def identity_update(
+    surgery: Surgery,
+    state: Any,
+    num_tasks: int,
+    dtype: jnp.dtype,
+    extra_args: dict[str, Any],
+    gramian: Callable[[], jax.Array],
+) -> tuple[jax.Array, Any]:
+    """The weights that a surgery finds for a Gramian, which is made when it is looked at.
+
+    A Gramian that the caller of `update` passed goes on as it is.
     """
-    active = active_tasks(task_updates, task_mask)
-    mask = None if task_mask is None else active
-    if gramian is None:
-        return trees.gramian_in_range(task_updates, mask), active
-    gramian = trees.check_shape("gramian", gramian, (active.size, active.size))
-    return trees.mask_gramian(mask, gramian.astype(trees.gramian_dtype(gramian))), active
+    made = gramian if isinstance(gramian, MadeGramian) else MadeGramian(gramian)
+    extra_args = {"gramian": made} | extra_args
+    identity = jnp.eye(num_tasks, dtype=dtype)
+    weights, state = surgery.update(identity, state, None, **extra_args)
+    return jnp.asarray(weights), state
 
 
-def active_tasks(task_updates: optax.Updates, task_mask: jax.Array | None) -> jax.Array:
-    """The (T,) mask of the tasks that take part in the step, all if the caller gave none."""
-    num_tasks = trees.check_task_updates(task_updates)
-    if task_mask is None:
-        return jnp.ones(num_tasks, bool)
-    return trees.check_task_mask(task_mask, num_tasks)
+# What several methods and wrappers need
 
 
-def task_preference(preference: jax.Array | None, task_mask: jax.Array) -> jax.Array:
-    """The preference of the tasks that take part: 1/T each unless the user chose one."""
-    if preference is None:
-        return task_mask / jnp.maximum(jnp.sum(task_mask), 1)
-    preference = trees.check_shape("preference", preference, task_mask.shape)
-    return jnp.where(task_mask, preference, 0.0)
+def tasks_of(name: str, task_updates: optax.Updates, extra_args: dict[str, Any]) -> Tasks:
+    """The tasks of one step, for a wrapper that looks at them without a step of its own."""
+    num_tasks = checks.stacked(task_updates)
+    return Tasks(
+        name,
+        task_updates,
+        trees.active_tasks(num_tasks, extra_args),
+        step=jnp.zeros((), jnp.int32),
+        key=0,
+        extra_args=extra_args,
+        all_take_part="task_mask" not in extra_args,
+    )
+
+
+def branch(condition: jax.Array, run: Callable[[], Any], rest: Callable[[], Any]) -> Any:
+    """`lax.cond`; outside of `jit`, where that compiles anew in every call, the branch itself."""
+    try:
+        chosen = run if condition else rest
+    except jax.errors.TracerBoolConversionError:
+        return lax.cond(condition, run, rest)
+    return chosen()
+
+
+def zeros(run: Callable[[], tuple[optax.Updates, Any]]) -> optax.Updates:
+    """Zeros like the updates that a call would return."""
+    return optax.tree.zeros_like(jax.eval_shape(run)[0])
+
+
+def kind_of(tx: optax.GradientTransformation) -> type:
+    """What a wrapper of surgeries and optimisers alike makes of one."""
+    return Surgery if isinstance(tx, Surgery) else optax.GradientTransformationExtraArgs
 
 
 def random_orders(key: jax.Array, num_tasks: int) -> jax.Array:
     """For each task an independent, uniformly random order of the others, (T, T - 1)."""
     tasks = jnp.arange(num_tasks)[:, None]
     others = jnp.arange(num_tasks - 1)[None, :]
-    others = others + (others >= tasks)
+    others = jnp.where(others >= tasks, others + 1, others)
     return jax.random.permutation(key, others, axis=1, independent=True)
 
 
-def check_num_tasks(method: str, expected: int, num_tasks: int) -> None:
-    """Refuses the gradients of more or fewer tasks than a method keeps numbers for."""
-    if num_tasks != expected:
-        raise ValueError(
-            f"Expected the gradients of {expected} tasks, got {num_tasks} at 'num_tasks'. "
-            f"Make it `{method}({num_tasks})`."
-        )
-
-
-def needed(method: str, **argument: Any) -> Any:
-    """Returns an extra argument of `update`, given by name, or says that it is missing."""
-    ((name, value),) = argument.items()
-    if value is None:
-        raise ValueError(
-            f"Expected the extra argument `{name}`, got None at '{method}'. "
-            f"Pass it: `update(task_updates, state, params, {name}=...)`."
-        )
-    return value
-
-
-def refuse_gramian(method: str, gramian: jax.Array | None) -> None:
-    """For methods that are no function of the Gramian."""
-    if gramian is not None:
-        raise ValueError(
-            f"Expected no Gramian, got one at '{method}', which works on the coordinates of the "
-            "gradients. Pass the stacked task gradients alone."
-        )
-
-
-def unnamed_state(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
-    """The optimiser of a method's own parameters, with a state that has no field names.
+def unnamed_state(tx: optax.GradientTransformation, num_tasks: int) -> optax.GradientTransformation:
+    """The optimiser of T numbers of a method, with a state that has no field names.
 
     `optax.tree.get(state, "count")` should find the step of the user's optimiser, and not a
     second one inside a surgery.
     """
-    structure = jax.tree.structure(jax.eval_shape(tx.init, params))
+    checks.one_gradient("optimizer", tx, Surgery)
+    structure = jax.tree.structure(jax.eval_shape(tx.init, jnp.zeros(num_tasks)))
 
     def update(updates, state, params=None):
         updates, new_state = tx.update(updates, jax.tree.unflatten(structure, state), params)
@@ -362,25 +619,23 @@ def unnamed_state(tx: optax.GradientTransformation, params: Any) -> optax.Gradie
     )
 
 
-def _active_losses(
-    losses: jax.Array | None, active: jax.Array, dtype: jnp.dtype
-) -> jax.Array | None:
-    if losses is None:
-        return None
-    losses = trees.check_shape("losses", losses, active.shape).astype(dtype)
-    return jnp.where(active, losses, 1)
-
-
-def _next_state(active: jax.Array, new: SurgeryState, old: SurgeryState) -> SurgeryState:
-    """The new state, with the dtypes of the old one; the old one if no task takes part."""
-    return jax.tree.map(
-        lambda new, old: jnp.where(jnp.any(active), new, old).astype(old.dtype), new, old
-    )
-
-
 def _prng_key(key: jax.Array | int) -> jax.Array:
     if isinstance(key, jax.Array) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,)
     ):
         return key
     return jax.random.key(key)
+
+
+# What every surgery knows; of other arguments, those that are arrays go on to what is inside.
+_OURS = ("losses", "task_mask", "gramian", "key")
+
+
+def _are_arrays(tree: Any) -> bool:
+    arrays = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+    return all(isinstance(leaf, arrays) for leaf in jax.tree.leaves(tree))
+
+
+def _trace() -> Any:
+    """What identifies the trace that is under way; two of them can be compared."""
+    return jax.extend.core.get_opaque_trace_state(convention="nnx")

@@ -3,9 +3,11 @@
 `nnx.Optimizer` passes extra arguments on by itself. It takes every surgery as it is.
 """
 
+from __future__ import annotations  # `help` shows them as they are written
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ import optax
 from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale, DynamicScaleResult
 
-from optax_surgery import trees, wrappers
+from optax_surgery import checks
+
+Params = TypeVar("Params")
+P = ParamSpec("P")
 
 
 class SurgeryTrainState(train_state.TrainState):
@@ -55,12 +60,12 @@ class SurgeryTrainState(train_state.TrainState):
         replaced = {name: value for name, value in kwargs.items() if name in fields}
         extra_args = {name: value for name, value in kwargs.items() if name not in fields}
         for name, value in replaced.items():
-            _check_unstacked(name, value, getattr(self, name))
+            checks.unstacked(name, value, getattr(self, name))
         update = optax.with_extra_args_support(self.tx).update
 
         def checked_update(updates, state, params=None):
             updates, state = update(updates, state, params, **extra_args)
-            wrappers.check_updates(updates, params)
+            checks.updates(updates, params)
             return updates, state
 
         checked = self.replace(tx=optax.GradientTransformation(self.tx.init, checked_update))
@@ -72,14 +77,18 @@ def task_dynamic_scale(num_tasks: int, scale: float = 2.0**15, **kwargs: Any) ->
     """A dynamic loss scale for each task, to start with.
 
     Args:
-      num_tasks: number of tasks T.
-      scale: what each loss is multiplied by at first. The largest power of two in float16.
+      num_tasks: number of tasks T, at least 1.
+      scale: what each loss is multiplied by at first, above 0. The largest power of two in float16.
       **kwargs: `growth_factor`, `backoff_factor`, `growth_interval` and `minimum_scale` of
         `flax.training.dynamic_scale.DynamicScale`.
 
     Returns:
       A `DynamicScale` whose `scale` and `fin_steps` have shape (T,).
+
+    Raises:
+      ValueError: at once, for an argument out of its range.
     """
+    checks.arguments(task_dynamic_scale, locals(), num_tasks="int [1, inf)", scale="(0, inf)")
     return DynamicScale(
         fin_steps=jnp.zeros(num_tasks, jnp.int32),  # pyright: ignore[reportArgumentType]
         scale=jnp.full(num_tasks, scale, jnp.float32),  # pyright: ignore[reportArgumentType]
@@ -88,8 +97,8 @@ def task_dynamic_scale(num_tasks: int, scale: float = 2.0**15, **kwargs: Any) ->
 
 
 def scaled_task_value_and_grad(
-    losses_fn: Callable[..., Any], has_aux: bool = False
-) -> Callable[..., DynamicScaleResult]:
+    losses_fn: Callable[Concatenate[Params, P], Any], has_aux: bool = False
+) -> Callable[Concatenate[DynamicScale, Params, P], DynamicScaleResult]:
     """`task_value_and_grad` for float16, with a dynamic loss scale for each task.
 
     Losses are scaled before the backward pass, gradients are divided by the scale in
@@ -98,20 +107,20 @@ def scaled_task_value_and_grad(
     counts it.
 
     Args:
-      losses_fn: `losses_fn(params, *args)` returns losses of shape (T,), or a tree of scalar
-        losses; with `has_aux` a pair of those and anything. Losses in float32 leave room for the
-        scale.
+      losses_fn: `losses_fn(params, *args, **kwargs)` returns losses of shape (T,), or a tree of
+        scalar losses; with `has_aux` a pair of those and anything. Losses in float32 leave room
+        for the scale.
       has_aux: whether `losses_fn` returns a pair.
 
     Returns:
-      `fn(dynamic_scale, params, *args)` giving Flax's `DynamicScaleResult`: the next
+      `fn(dynamic_scale, params, *args, **kwargs)` giving Flax's `DynamicScaleResult`: the next
       `dynamic_scale`, which begins with `task_dynamic_scale(num_tasks)`; `finite`, of shape (T,);
       `aux`, which is what `losses_fn` returned, unscaled; and `grad`, the stacked gradients in
       float32, not finite where `finite` is False.
 
     Raises:
-      ValueError: at trace time, if there is not one scale per task, or if the losses are not one
-        floating-point scalar per task.
+      ValueError: at once, for an argument out of its range; at trace time, if there is not one
+        scale per task, or if the losses are not one floating-point scalar per task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -126,11 +135,17 @@ def scaled_task_value_and_grad(
       >>> result.aux
       Array([1., 3.], dtype=float16)
     """
+    call = checks.arguments(scaled_task_value_and_grad, locals(), has_aux=bool)
+    checks.function("losses_fn", losses_fn)
 
-    def fn(dynamic_scale: DynamicScale, params: optax.Params, *args: Any) -> DynamicScaleResult:
+    def fn(
+        dynamic_scale: DynamicScale, params: Params, /, *args: P.args, **kwargs: P.kwargs
+    ) -> DynamicScaleResult:
+        checks.differentiable(params)
+
         def stacked(params):
-            value = losses_fn(params, *args)
-            return trees.stack_losses(value[0] if has_aux else value), value
+            value = losses_fn(params, *args, **kwargs)
+            return checks.losses(checks.before_aux(value, has_aux, call)), value
 
         def one_task(dynamic_scale, task):
             def loss_fn(params):
@@ -141,27 +156,11 @@ def scaled_task_value_and_grad(
             _, value = result.aux
             return (result.dynamic_scale, result.finite, result.grad), value
 
-        losses, _ = jax.eval_shape(stacked, params)
-        trees.check_shape("dynamic_scale", dynamic_scale.scale, losses.shape)
+        num_tasks = jax.eval_shape(lambda params: stacked(params)[0], params).size
+        checks.per_task("dynamic_scale", dynamic_scale.scale, num_tasks)
         (dynamic_scale, finite, grads), value = jax.vmap(one_task, out_axes=(0, None))(
-            dynamic_scale, jnp.arange(losses.size)
+            dynamic_scale, jnp.arange(num_tasks)
         )
         return DynamicScaleResult(dynamic_scale, finite, value, grads)
 
     return fn
-
-
-def _check_unstacked(field: str, new: Any, old: Any) -> None:
-    """Refuses a field that has become one per task."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        return
-    new_leaves = jax.tree.leaves_with_path(new)
-    for (path, leaf), old_leaf in zip(new_leaves, jax.tree.leaves(old), strict=True):
-        shape, old_shape = getattr(leaf, "shape", None), getattr(old_leaf, "shape", None)
-        if shape and shape[1:] == old_shape:
-            raise ValueError(
-                f"Expected {field} of shape {old_shape}, got shape {shape} at "
-                f"'{'/'.join(filter(None, [field, trees.leaf_path(path)]))}'. Keep one copy for "
-                "all tasks, as `task_value_and_grad(losses_fn, has_aux=True)` does, or average "
-                "over the leading axis."
-            )

@@ -21,7 +21,7 @@ def cosine_eigh(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, ja
     inverse_norms = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     cosines = gramian * inverse_norms[:, None] * inverse_norms[None, :]
     eigenvalues, eigenvectors = jnp.linalg.eigh(cosines)
-    present = jnp.sum(norms > 0)
+    present = jnp.sum(norms > 0, dtype=norms.dtype)
     kept = eigenvalues > eigenvalues[-1] * present * jnp.finfo(gramian.dtype).eps
     return inverse_norms, eigenvalues, eigenvectors, kept
 

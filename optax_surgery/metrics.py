@@ -7,9 +7,12 @@ masked task is, takes no part.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_surgery import checks, trees
 
 
-def task_norms(gramian: jax.Array) -> jax.Array:
+def task_norms(gramian: ArrayLike) -> jax.Array:
     """The norms of the task gradients.
 
     Args:
@@ -24,10 +27,10 @@ def task_norms(gramian: jax.Array) -> jax.Array:
       >>> surgery.task_norms(jnp.array([[4.0, -1.0], [-1.0, 9.0]]))
       Array([2., 3.], dtype=float32)
     """
-    return jnp.sqrt(jnp.diagonal(gramian))
+    return jnp.sqrt(jnp.diagonal(checks.square("task_norms", gramian)))
 
 
-def cosine_similarities(gramian: jax.Array) -> jax.Array:
+def cosine_similarities(gramian: ArrayLike) -> jax.Array:
     """The cosines of the angles between the task gradients.
 
     Args:
@@ -43,12 +46,13 @@ def cosine_similarities(gramian: jax.Array) -> jax.Array:
       Array([[ 1. , -0.5],
              [-0.5,  1. ]], dtype=float32)
     """
+    gramian = checks.square("cosine_similarities", gramian)
     norms = task_norms(gramian)
     norms = jnp.where(norms > 0, norms, 1)
     return jnp.clip(gramian / norms[:, None] / norms[None, :], -1, 1)
 
 
-def conflict_fraction(gramian: jax.Array) -> jax.Array:
+def conflict_fraction(gramian: ArrayLike) -> jax.Array:
     """The share of pairs of tasks whose gradients conflict: a negative inner product.
 
     For random, nearly orthogonal gradients it is close to a half: read it together with
@@ -67,12 +71,14 @@ def conflict_fraction(gramian: jax.Array) -> jax.Array:
       >>> print(f"{surgery.conflict_fraction(gramian):.3f}")
       0.333
     """
+    gramian = checks.square("conflict_fraction", gramian)
     present = jnp.diagonal(gramian) > 0
     pairs = jnp.triu(present[:, None] & present[None, :], k=1)
-    return jnp.sum(pairs & (gramian < 0)) / jnp.maximum(jnp.sum(pairs), 1)
+    num_conflicts, num_pairs = jnp.sum(pairs & (gramian < 0)), jnp.sum(pairs)
+    return num_conflicts.astype(gramian.dtype) / jnp.maximum(num_pairs, 1).astype(gramian.dtype)
 
 
-def magnitude_similarities(gramian: jax.Array) -> jax.Array:
+def magnitude_similarities(gramian: ArrayLike) -> jax.Array:
     r"""How alike in length the task gradients are, pair by pair.
 
     .. math:: \Phi(g_i, g_j) = \frac{2 \|g_i\| \|g_j\|}{\|g_i\|^2 + \|g_j\|^2}
@@ -94,13 +100,13 @@ def magnitude_similarities(gramian: jax.Array) -> jax.Array:
       Yu et al., `Gradient Surgery for Multi-Task Learning
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, Definition 2.
     """
-    norms = task_norms(gramian)
+    norms = task_norms(checks.square("magnitude_similarities", gramian))
     larger = jnp.maximum(norms[:, None], norms[None, :])
     ratio = jnp.minimum(norms[:, None], norms[None, :]) / jnp.where(larger > 0, larger, 1)
     return 2 * ratio / (1 + ratio**2)
 
 
-def condition_number(gramian: jax.Array) -> jax.Array:
+def condition_number(gramian: ArrayLike) -> jax.Array:
     """The condition number of the gradient matrix: its largest singular value over its least.
 
     It is 1 for orthogonal gradients of equal norm; the paper finds good optima where it
@@ -124,25 +130,26 @@ def condition_number(gramian: jax.Array) -> jax.Array:
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
       <https://arxiv.org/abs/2305.19000>`_, CVPR 2023, Section 3.
     """
+    gramian = checks.square("condition_number", gramian)
     present = jnp.sum(jnp.diagonal(gramian) > 0)
     peak = jnp.max(jnp.diagonal(gramian))
     # Zero gradients give zero eigenvalues, which come first.
     eigenvalues = jnp.linalg.eigvalsh(gramian / jnp.where(peak > 0, peak, 1))
     least = eigenvalues[jnp.minimum(eigenvalues.size - present, eigenvalues.size - 1)]
     largest = eigenvalues[-1]
-    deficient = least <= largest * present * jnp.finfo(gramian.dtype).eps
+    deficient = least <= largest * present.astype(gramian.dtype) * jnp.finfo(gramian.dtype).eps
     ratio = jnp.sqrt(largest / jnp.where(deficient, 1, least))
     return jnp.where(present > 0, jnp.where(deficient, jnp.inf, ratio), 1)
 
 
-def update_alignment(gramian: jax.Array, weights: jax.Array) -> jax.Array:
+def update_alignment(gramian: ArrayLike, weights: trees.PerTask) -> jax.Array:
     """The inner product of the update with each task gradient.
 
     Where it is negative, a small step along the update makes that task's loss larger.
 
     Args:
       gramian: (T, T) inner products.
-      weights: (T,) weights of the tasks in the update.
+      weights: (T,) weights of the tasks in the update, or a tree of them; any numbers.
 
     Returns:
       (T,) inner products, in the unit of a squared gradient.
@@ -154,4 +161,6 @@ def update_alignment(gramian: jax.Array, weights: jax.Array) -> jax.Array:
       >>> surgery.update_alignment(gramian, jnp.array([1.0, 1.0]))
       Array([-1.,  7.], dtype=float32)
     """
+    gramian = checks.square("update_alignment", gramian, "weights")
+    weights = checks.per_task("weights", weights, len(gramian)).astype(gramian.dtype)
     return jnp.matmul(gramian, weights, precision=jax.lax.Precision.HIGHEST)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import ArrayLike
 
-from optax_surgery import metrics
+from optax_surgery import checks, metrics
 
 # Okabe and Ito's colours, without the yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -145,10 +145,8 @@ def conflicts(
     shares = np.asarray(_conflict_fractions(gramians))
     steps = _steps(steps, len(shares))
     if not 1 <= window <= len(steps):
-        raise ValueError(
-            f"Expected a window of 1 to {len(steps)} recorded steps, got {window} at 'window'. "
-            "With 1 nothing is averaged."
-        )
+        expected = f"a window of 1 to {len(steps)} recorded steps"
+        checks.refuse(expected, window, "window", "With 1 nothing is averaged.")
     ax = plt.gca() if ax is None else ax
     if same_task_cosines is not None:
         same = _array("same_task_cosines", same_task_cosines, gramians.shape[:2])
@@ -439,19 +437,15 @@ def _task_names(task_names: Sequence[str] | None, num_tasks: int) -> list[str]:
     if task_names is None:
         return [f"{task}" for task in range(num_tasks)]
     if len(task_names) != num_tasks:
-        raise ValueError(
-            f"Expected {num_tasks} names, got {len(task_names)} at 'task_names'. Name every task."
-        )
+        checks.refuse(f"{num_tasks} names", len(task_names), "task_names", "Name every task.")
     return list(task_names)
 
 
 def _gramians(gramians: ArrayLike) -> np.ndarray:
     array = np.asarray(gramians)
     if array.ndim != 3 or array.shape[1] != array.shape[2]:
-        raise ValueError(
-            f"Expected Gramians of shape (S, T, T), got {array.shape} at 'gramians'. Stack those "
-            "of the recorded steps."
-        )
+        remedy = "Stack those of the recorded steps."
+        checks.refuse("Gramians of shape (S, T, T)", array.shape, "gramians", remedy)
     return array
 
 
@@ -464,8 +458,6 @@ def _array(name: str, values: ArrayLike, shape: tuple[int | str, ...]) -> np.nda
     )
     if not fits:
         wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-        raise ValueError(
-            f"Expected an array of shape {wanted}, got {array.shape} at '{name}'. Pass one entry "
-            "per recorded step, task or point, as the documentation says."
-        )
+        remedy = "Pass one entry per recorded step, task or point, as the documentation says."
+        checks.refuse(f"an array of shape {wanted}", array.shape, name, remedy)
     return array

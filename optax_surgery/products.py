@@ -41,7 +41,7 @@ def gramian_of_leaves(
       leaves: for each leaf the rows (T, *shape), or two such stacks of which to multiply each
         row of the first with each of the second; of any floating dtype.
       dtype: of the sums, float32 or float64.
-      scale: () a factor for all rows, or None.
+      scale: () a factor for all rows, (T,) one for each, or None.
 
     Returns:
       (T, T).
@@ -350,7 +350,9 @@ def _combination_gpu(weights, rows, task_mask=None):
 
 def _read(rows, scale, dtype):
     rows = rows.astype(dtype)
-    return rows if scale is None else rows * scale
+    if scale is None:
+        return rows
+    return rows * (lax.expand_dims(scale, range(1, rows.ndim)) if scale.ndim else scale)
 
 
 def _sharded_over(rows):

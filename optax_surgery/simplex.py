@@ -7,7 +7,6 @@ their relative weight, and the others share what they had among them.
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def shares(relative_weights: jax.Array, task_mask: jax.Array) -> jax.Array:
@@ -21,7 +20,7 @@ def shares(relative_weights: jax.Array, task_mask: jax.Array) -> jax.Array:
       (T,) weights on the simplex, 0 for masked tasks.
     """
     active = jnp.where(task_mask, relative_weights, 0)
-    active = jnp.where(jnp.sum(active) > 0, active, task_mask)
+    active = jnp.where(jnp.sum(active) > 0, active, task_mask.astype(active.dtype))
     return active / jnp.maximum(jnp.sum(active), jnp.finfo(relative_weights.dtype).tiny)
 
 
@@ -30,7 +29,7 @@ def redistribute(
 ) -> jax.Array:
     """The relative weights after a step whose weights on the simplex were `weights`."""
     held = jnp.sum(jnp.where(task_mask, relative_weights, 0))
-    return jnp.where(task_mask, held * weights, relative_weights)
+    return jnp.where(task_mask, held * weights.astype(held.dtype), relative_weights)
 
 
 def project(values: jax.Array, task_mask: jax.Array) -> jax.Array:
@@ -48,5 +47,9 @@ def project(values: jax.Array, task_mask: jax.Array) -> jax.Array:
     largest = jnp.max(values, where=task_mask, initial=-jnp.inf)
     largest = jnp.where(jnp.any(task_mask), largest, 0)
     shifted = jnp.where(task_mask, jnp.maximum(values - largest, -2), -2)
-    projected = optax.projections.projection_simplex(shifted).astype(values.dtype)
-    return jnp.where(task_mask, projected, 0)
+    # `optax.projections.projection_simplex` does the same, but divides floats by integers.
+    counts = jnp.arange(1, values.size + 1).astype(values.dtype)
+    descending = jnp.sort(shifted)[::-1]
+    thresholds = (jnp.cumsum(descending) - 1) / counts
+    last = jnp.sum(descending > thresholds) - 1
+    return jnp.where(task_mask, jnp.maximum(shifted - thresholds[last], 0), 0)

@@ -38,7 +38,7 @@ class SolverReport(NamedTuple):
 
     Attributes:
       converged: () bool.
-      residual: () float32, see `Solution`.
+      residual: () of the default float dtype, see `Solution`.
     """
 
     converged: jax.Array
@@ -66,13 +66,13 @@ class Solution(NamedTuple):
         """The worst of what may be a batch of solutions, for a method's state."""
         return SolverReport(
             converged=jnp.all(self.converged),
-            residual=jnp.max(self.residual).astype(jnp.float32),
+            residual=jnp.max(self.residual).astype(jnp.result_type(float)),
         )
 
 
 def initial_report() -> SolverReport:
     """The report of a method that has solved nothing yet."""
-    return SolverReport(converged=jnp.ones((), bool), residual=jnp.zeros((), jnp.float32))
+    return SolverReport(converged=jnp.ones((), bool), residual=jnp.zeros(()))
 
 
 def min_norm_point(gramian: jax.Array, task_mask: jax.Array) -> Solution:

@@ -1,4 +1,4 @@
-"""Task gradients as pytrees: the checks, the Gramian and the combination.
+"""Task gradients as pytrees: the Gramian, the combination, masks, parts of a tree.
 
 This is the only file of the library that knows about leaves, dtypes and
 precision. Everything else sees a (T, T) matrix and T weights.
@@ -13,93 +13,31 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_surgery import products
+from optax_surgery import checks, products
 
-_STACK = (
-    "Stack the gradients of the T tasks on a leading axis, as "
-    "`jax.jacrev(losses_fn)(params)` returns them."
-)
+PerTask = Any  # an array of shape (T,), or a tree of T scalars
 
 
-def check_task_updates(task_updates: optax.Updates, params: optax.Params | None = None) -> int:
-    """Checks that every leaf stacks the same number of real gradients.
+def task_names(losses: Any) -> list[str]:
+    """The names of the tasks, in the order of the rows of stacked gradients.
+
+    Rows follow `jax.tree.leaves`, so those of a dict its sorted keys, whatever order they were
+    written in. Arrays with one entry per task have this order.
 
     Args:
-      task_updates: pytree whose leaves have shape (T, *param.shape).
-      params: the parameters, or None where they are not known. With them the
-        structure and the trailing shapes are checked too, which is the only way
-        to tell an unstacked gradient whose leaves happen to share their first
-        dimension.
+      losses: (T,) losses, or a tree of them.
 
     Returns:
-      The number of tasks T, 0 for a tree without leaves.
+      T names: the paths in the tree; '0', '1', ... for an array.
 
-    Raises:
-      ValueError: names the first leaf that is wrong, and what to do.
+    Examples:
+      >>> import optax_surgery as surgery
+      >>> surgery.task_names({"residual": 0.1, "boundary": 0.2})
+      ['boundary', 'residual']
     """
-    leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree.leaves_with_path(task_updates)]
-    if params is not None:
-        _check_structure(task_updates, params)
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-    else:
-        shapes = [jnp.shape(leaf)[1:] for _, leaf in leaves]
-
-    num_tasks, first_path = 0, ""
-    for (path, leaf), param_shape in zip(leaves, shapes, strict=True):
-        _check_dtype(path, leaf)
-        shape = jnp.shape(leaf)
-        if not shape or shape[0] == 0 or shape[1:] != param_shape:
-            expected = ", ".join(["T", *map(str, param_shape)])
-            raise ValueError(
-                f"Expected task gradients of shape ({expected}) with T >= 1, "
-                f"got shape {shape} at '{path}'. {_STACK}"
-            )
-        if not num_tasks:
-            num_tasks, first_path = shape[0], path
-        if shape[0] != num_tasks:
-            raise ValueError(
-                f"Expected a leading axis of {num_tasks} tasks as at '{first_path}', "
-                f"got shape {shape} at '{path}'. {_STACK}"
-            )
-    return num_tasks
-
-
-def check_real(mask: list[bool], params: optax.Params) -> None:
-    """Refuses chosen parameters that have no real derivative: integers, complex numbers."""
-    for take, (path, leaf) in zip(mask, jax.tree.leaves_with_path(params), strict=True):
-        if take and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"Expected real floating-point parameters, got {jnp.result_type(leaf)} at "
-                f"'{leaf_path(path)}'. Pass other leaves to `losses_fn` as arguments of their own, "
-                "complex ones as their real and imaginary parts."
-            )
-
-
-def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns `array` as a JAX array, or raises a ValueError if its shape is not `shape`."""
-    array = jnp.asarray(array)
-    if array.shape != shape:
-        raise ValueError(
-            f"Expected {name} of shape {shape}, got shape {array.shape} at '{name}'. "
-            "Pass one entry per task, in the order of the stacked gradients."
-        )
-    return array
-
-
-def check_task_mask(task_mask: Any, num_tasks: int) -> jax.Array:
-    """Returns the mask as a JAX array, or raises a ValueError if it is not (T,) booleans."""
-    task_mask = check_shape("task_mask", task_mask, (num_tasks,))
-    if task_mask.dtype != bool:
-        raise ValueError(
-            f"Expected a task_mask of booleans, got {task_mask.dtype} at 'task_mask'. "
-            "Pass True for the tasks that take part in this step."
-        )
-    return task_mask
-
-
-def leaf_path(path: jax.tree_util.KeyPath) -> str:
-    """A key path as it stands in our messages, 'path/of/leaf'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    if checks.is_tree(losses):
+        return checks.tree_names(losses)
+    return [str(number) for number in range(jnp.size(losses))]
 
 
 def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> jax.Array:
@@ -128,9 +66,9 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
       Array([[10., -1.],
              [-1.,  2.]], dtype=float32)
     """
-    check_task_updates(task_updates)
+    checks.stacked(task_updates)
     if other is not None:
-        check_task_updates(other, jax.tree.map(lambda leaf: leaf[0], task_updates))
+        checks.two_batches(task_updates, other)
     return _scaled_gramian(task_updates, other, None)
 
 
@@ -155,13 +93,8 @@ def gramian_and_scale(
     For the rules that depend on the common scale of the gradients.
     """
     plain = mask_gramian(task_mask, gramian(task_updates))
-    info = jnp.finfo(plain.dtype)
-    num_coordinates = sum(math.prod(jnp.shape(leaf)[1:]) for leaf in jax.tree.leaves(task_updates))
-    # The least square that still counts stays 14 binary digits above the subnormal
-    # numbers, which hardware flushes to zero; the largest leaves 20 for T-sized sums.
-    least = max(num_coordinates, 1) * 2.0 ** (info.minexp + 14)
-    largest = 2.0 ** (info.maxexp - 20)
-    shift = 2.0 ** (info.maxexp * 5 // 8)
+    least, largest = _range_of_squares(task_updates, plain.dtype)
+    shift = 2.0 ** (jnp.finfo(plain.dtype).maxexp * 5 // 8)
     peak = jnp.max(jnp.diagonal(plain))
     scale = jnp.where(peak < least, shift, 1.0 / shift).astype(plain.dtype)
     in_range = (peak >= least) & (peak <= largest)
@@ -173,6 +106,61 @@ def gramian_and_scale(
         ),
     )
     return found, jnp.where(in_range, 1, scale)
+
+
+def relative_gramian(
+    task_updates: optax.Updates, task_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The Gramian, with a scale for each task where common ones would not do.
+
+    For what looks at cosines and norms. Where all squares are in range it is the Gramian itself,
+    and the stack is read once; where norms of 1e30 and 1e-30 stand side by side, each gradient is
+    multiplied by the power of two that brings its largest coordinate near to 1.
+
+    Returns:
+      (T, T) inner products, and the (T,) powers of two.
+    """
+    plain = mask_gramian(task_mask, gramian(task_updates))
+    info = jnp.finfo(plain.dtype)
+    least, largest = _range_of_squares(task_updates, plain.dtype)
+    squares = jnp.diagonal(plain)
+    in_range = (squares >= least) & (squares <= largest)  # a zero may have been a small number
+    if task_mask is not None:
+        in_range |= ~task_mask
+
+    def apart():
+        peaks = largest_coordinates(task_updates)
+        peaks = peaks if task_mask is None else jnp.where(task_mask, peaks, 0)
+        normal = jnp.isfinite(peaks) & (peaks > 0)
+        exponents = jnp.frexp(jnp.where(normal, peaks, 1))[1]
+        scales = jnp.exp2(
+            jnp.clip(-exponents, info.minexp + 2, info.maxexp - 2).astype(plain.dtype)
+        )
+        return mask_gramian(task_mask, _scaled_gramian(task_updates, None, scales)), scales
+
+    ones = jnp.ones_like(squares)
+    return lax.cond(_everywhere(jnp.all(in_range)), lambda: (plain, ones), apart)
+
+
+def largest_coordinates(task_updates: optax.Updates) -> jax.Array:
+    """(T,) the largest absolute value in each gradient."""
+    dtype = gramian_dtype(task_updates)
+    largest = jax.tree.map(
+        lambda leaf: jnp.max(
+            jnp.abs(leaf).astype(dtype), axis=tuple(range(1, jnp.ndim(leaf))), initial=0
+        ),
+        task_updates,
+    )
+    return jax.tree.reduce(jnp.maximum, largest)
+
+
+def _range_of_squares(task_updates: optax.Updates, dtype: jnp.dtype) -> tuple[float, float]:
+    """Between which bounds the square of a norm is right."""
+    info = jnp.finfo(dtype)
+    num_coordinates = sum(math.prod(jnp.shape(leaf)[1:]) for leaf in jax.tree.leaves(task_updates))
+    # The least square that still counts stays 14 binary digits above the subnormal numbers, which
+    # hardware flushes to zero; the largest leaves 20 for T-sized sums.
+    return max(num_coordinates, 1) * 2.0 ** (info.minexp + 14), 2.0 ** (info.maxexp - 20)
 
 
 @jax.custom_batching.custom_vmap
@@ -198,14 +186,15 @@ def gramian_dtype(tree: Any) -> jnp.dtype:
 
 
 def combine(
-    weights: jax.Array, task_updates: optax.Updates, task_mask: jax.Array | None = None
+    weights: PerTask, task_updates: optax.Updates, task_mask: PerTask | None = None
 ) -> optax.Updates:
     """The weighted sum of the task gradients, leaf by leaf.
 
     Args:
-      weights: shape (T,).
+      weights: (T,) or a tree of any numbers.
       task_updates: pytree whose leaves have shape (T, *param.shape).
-      task_mask: shape (T,), bool, False for task gradients to leave out, NaN too; or None.
+      task_mask: (T,) bool, or a tree of booleans, False for task gradients to leave out, NaN too;
+        or None.
 
     Returns:
       Pytree whose leaves have shape param.shape and the dtype of the gradients,
@@ -221,11 +210,11 @@ def combine(
       >>> surgery.combine(jnp.array([1.0, 2.0]), {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]])})
       {'w': Array([3., 2.], dtype=float32)}
     """
-    num_tasks = check_task_updates(task_updates)
-    weights = check_shape("weights", weights, (num_tasks,))
+    num_tasks = checks.stacked(task_updates)
+    weights = checks.per_task("weights", weights, num_tasks)
     if task_mask is not None:
-        task_mask = check_task_mask(task_mask, num_tasks)
-        weights = jnp.where(task_mask, weights, 0)
+        task_mask = checks.task_mask(task_mask, num_tasks)
+        weights = jnp.where(task_mask, weights, jnp.zeros_like(weights))
 
     def combine_leaf(leaf):
         leaf = jnp.asarray(leaf)
@@ -259,15 +248,18 @@ def along_tasks(numbers: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def map_rows(
-    rule: Callable[..., jax.Array], task_updates: optax.Updates, *, key: jax.Array, **kwargs: Any
+    rule: Callable[[jax.Array, jax.Array], jax.Array], task_updates: optax.Updates, key: jax.Array
 ) -> optax.Updates:
     """Applies a rule to the (T, *shape) gradients of each leaf, in float32 at least.
 
-    The key that the rule gets differs from leaf to leaf: the number of the leaf is folded in.
+    Args:
+      rule: (rows, key) -> update of the leaf, with a key that differs from leaf to leaf.
+      task_updates: pytree whose leaves have shape (T, *shape).
+      key: of this step.
     """
     leaves, structure = jax.tree.flatten(task_updates)
     results = [
-        rule(leaf.astype(gramian_dtype(leaf)), key=jax.random.fold_in(key, number), **kwargs)
+        rule(leaf.astype(gramian_dtype(leaf)), jax.random.fold_in(key, number))
         for number, leaf in enumerate(map(jnp.asarray, leaves))
     ]
     return jax.tree.unflatten(structure, results)
@@ -334,57 +326,43 @@ def middle_mean(rows: jax.Array, num_trimmed: int, task_mask: jax.Array) -> jax.
     return total / num_kept.astype(rows.dtype)
 
 
-def stack_losses(losses: Any) -> jax.Array:
-    """Losses of shape (T,) from an array of that shape or from a tree of scalars."""
-    leaves = jax.tree.leaves(losses)
-    if len(leaves) == 1 and jnp.ndim(leaves[0]) == 1:
-        stacked = jnp.asarray(leaves[0])
-    else:
-        for path, leaf in jax.tree.leaves_with_path(losses):
-            if jnp.ndim(leaf) or jax.tree.structure(losses) == jax.tree.structure(0):
-                raise ValueError(
-                    "Expected losses of shape (T,) or a tree of scalar losses, got shape "
-                    f"{jnp.shape(leaf)} at '{leaf_path(path)}'. Return one loss per task: "
-                    "`jnp.stack([first_loss, second_loss])`."
-                )
-        stacked = jnp.stack(leaves)
-    if not jnp.issubdtype(stacked.dtype, jnp.floating):
-        raise ValueError(
-            f"Expected floating-point losses, got {stacked.dtype} at 'losses'. "
-            "Return the losses before they are rounded or compared."
-        )
-    return stacked
+def split(mask: list[bool], tree: Any) -> tuple[Any, Any]:
+    """The chosen leaves of a tree and the others, each in the tree itself, so with their paths.
+
+    In the place of a leaf that is not there stands an `optax.MaskedNode`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def keep(wanted):
+        kept = [
+            leaf if take == wanted else optax.MaskedNode()
+            for leaf, take in zip(leaves, mask, strict=True)
+        ]
+        return jax.tree.unflatten(structure, kept)
+
+    return keep(True), keep(False)
 
 
-def path_mask(chosen: Any, tree: Any) -> list[bool]:
-    """Which leaves are chosen: by a tree of booleans, a function of their path, or all by None."""
-    paths = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
-    if chosen is None:
-        return [True] * len(paths)
-    if callable(chosen):
-        mask = [bool(chosen(path)) for path in paths]
-    else:
-        mask = jax.tree.leaves(jax.tree.broadcast(chosen, tree))
-    if not any(mask):
-        raise ValueError(
-            f"Expected a group that holds a leaf, got none of {paths} at 'shared'. "
-            "Choose leaves by their paths as they stand in this list."
-        )
-    return mask
-
-
-def split(mask: list[bool], tree: Any) -> tuple[list[Any], list[Any]]:
-    """The leaves of a tree that are chosen, and the others."""
-    leaves = jax.tree.leaves(tree)
-    chosen = [leaf for leaf, take in zip(leaves, mask, strict=True) if take]
-    return chosen, [leaf for leaf, take in zip(leaves, mask, strict=True) if not take]
-
-
-def merge(mask: list[bool], chosen: list[Any], others: list[Any], like: Any) -> Any:
+def merge(mask: list[bool], chosen: Any, others: Any, like: Any) -> Any:
     """The tree that `split` took apart, with the structure of `like`."""
-    chosen_leaves, other_leaves = iter(chosen), iter(others)
+    chosen_leaves, other_leaves = iter(jax.tree.leaves(chosen)), iter(jax.tree.leaves(others))
     leaves = [next(chosen_leaves if take else other_leaves) for take in mask]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def like(tree: Any, array: jax.Array) -> Any:
+    """T numbers as a tree of scalars, if `tree` is one and no array, so that names stay."""
+    if tree is None or not checks.is_tree(tree):
+        return array
+    return jax.tree.unflatten(jax.tree.structure(tree), list(array))
+
+
+def active_tasks(num_tasks: int, extra_args: dict[str, Any]) -> jax.Array:
+    """The (T,) mask of the tasks that take part in the step, all if the caller gave none."""
+    task_mask = extra_args.get("task_mask")
+    if task_mask is None:
+        return jnp.ones(num_tasks, bool)
+    return checks.task_mask(task_mask, num_tasks)
 
 
 def _scaled_gramian(
@@ -393,43 +371,3 @@ def _scaled_gramian(
     trees = [task_updates] if other is None else [task_updates, other]
     leaves = zip(*(map(jnp.asarray, jax.tree.leaves(tree)) for tree in trees), strict=True)
     return products.gramian_of_leaves(list(leaves), dtype=gramian_dtype(trees), scale=scale)
-
-
-def _check_structure(task_updates: optax.Updates, params: optax.Params) -> None:
-    structure = jax.tree.structure(params)
-    if jax.tree.structure(task_updates) == structure:
-        return
-    if isinstance(task_updates, list | tuple) and all(
-        jax.tree.structure(tree) == structure for tree in task_updates
-    ):
-        raise ValueError(
-            f"Expected one tree of stacked gradients, got a {type(task_updates).__name__} of "
-            f"{len(task_updates)} trees at ''. Stack them: "
-            "`jax.tree.map(lambda *grads: jnp.stack(grads), *task_grads)`."
-        )
-    ours = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(task_updates)]
-    theirs = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(params)]
-    odd = next((path for path in theirs if path not in ours), None)
-    if odd is not None:
-        expected, got = "a gradient for every parameter", "none"
-    else:
-        odd = next((path for path in ours if path not in theirs), "")
-        expected, got = "the tree structure of the parameters", "another one"
-    raise ValueError(
-        f"Expected {expected}, got {got} at '{odd}'. Differentiate with respect to the same "
-        "parameters that you pass as `params`."
-    )
-
-
-def _check_dtype(path: str, leaf: Any) -> None:
-    dtype = jax.dtypes.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        remedy = (
-            "Wrap the whole chain, surgery first, in `optax.contrib.split_real_and_imaginary`, "
-            "which hands on real gradients."
-        )
-    elif not jnp.issubdtype(dtype, jnp.floating):
-        remedy = "Differentiate floating-point parameters only, and leave the others out."
-    else:
-        return
-    raise ValueError(f"Expected real floating-point gradients, got {dtype} at '{path}'. {remedy}")

@@ -5,9 +5,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 ScaleMode = Literal["min", "median", "rmse"]
 
@@ -49,8 +48,8 @@ def aligned_mtl_weights(
 
 
 def aligned_mtl(
-    preference: jax.Array | None = None, scale_mode: ScaleMode = "min"
-) -> optax.GradientTransformationExtraArgs:
+    preference: core.PerTask | None = None, scale_mode: ScaleMode = "min"
+) -> core.Surgery:
     r"""Aligned-MTL: replaces the task gradients by the nearest orthogonal ones of equal length.
 
     With the eigendecomposition :math:`M = V \Lambda V^\top` of the Gramian (of the R
@@ -63,13 +62,13 @@ def aligned_mtl(
     that is stationary for the weighted loss :math:`\sum_i w_i L_i`.
 
     Args:
-      preference: (T,) weights of the tasks, w in the paper; 1/T each by default (over the
-        tasks that are not masked).
-      scale_mode: what the singular values become: "min" the least one, "median" the lower
-        median, "rmse" the root mean square, all over those that are not zero.
+      preference: weights of the tasks, w in the paper, (T,) or a tree of any numbers; 1/T each by
+        default (over the tasks that are not masked).
+      scale_mode: what the singular values become, one of "min" (the least one), "median" (the
+        lower median), "rmse" (the root mean square), all over those that are not zero.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has norm sigma times that of `preference` (for full rank): with the default,
       the least singular value over sqrt(T).
 
@@ -97,15 +96,16 @@ def aligned_mtl(
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
       <https://arxiv.org/abs/2305.19000>`_, CVPR 2023, Algorithm 1.
     """
-    if scale_mode not in typing.get_args(ScaleMode):
-        raise ValueError(
-            f"Expected one of {typing.get_args(ScaleMode)}, got {scale_mode!r} at 'scale_mode'. "
-            "Do take 'min' for the paper's method."
-        )
+    name = checks.arguments(
+        aligned_mtl,
+        locals(),
+        preference="per task (-inf, inf)",
+        scale_mode=typing.get_args(ScaleMode),
+    )
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        weights = core.task_preference(preference, task_mask).astype(gramian.dtype)
-        return aligned_mtl_weights(gramian, weights, jnp.sum(task_mask), scale_mode), state
+    def update(tasks, state):
+        chosen = tasks.preference(preference)
+        num_active = jnp.sum(tasks.task_mask)
+        return aligned_mtl_weights(tasks.gramian, chosen, num_active, scale_mode), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

@@ -1,16 +1,13 @@
 """Mean, sum and constant weights: what every method has to be compared with."""
 
-import jax
-import optax
-
-from optax_surgery import core, trees
+from optax_surgery import checks, core
 
 
-def mean() -> optax.GradientTransformationExtraArgs:
+def mean() -> core.Surgery:
     """The mean of the task gradients, over the tasks that are not masked.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked.
@@ -24,18 +21,17 @@ def mean() -> optax.GradientTransformationExtraArgs:
       Array([2., 2.], dtype=float32)
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key, losses
-        return core.task_preference(None, task_mask), state
+    def update(tasks, state):
+        return tasks.preference(None), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name="mean")
 
 
-def sum() -> optax.GradientTransformationExtraArgs:
+def sum() -> core.Surgery:
     """The sum of the task gradients, which is the gradient of the summed losses.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked.
@@ -49,25 +45,24 @@ def sum() -> optax.GradientTransformationExtraArgs:
       Array([4., 4.], dtype=float32)
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        return task_mask.astype(gramian.dtype), state
+    def update(tasks, state):
+        return tasks.task_mask.astype(tasks.dtype), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name="sum")
 
 
-def constant(weights: jax.Array) -> optax.GradientTransformationExtraArgs:
+def constant(weights: core.PerTask) -> core.Surgery:
     """A fixed weighted sum of the task gradients: linear scalarisation.
 
     Args:
-      weights: (T,) weights of the tasks, any numbers.
+      weights: weights of the tasks, (T,) or a tree of any numbers.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `weights`
-        has not one entry per task.
+        has not one entry per task; at once, for an argument out of its range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,9 +73,9 @@ def constant(weights: jax.Array) -> optax.GradientTransformationExtraArgs:
       Array([3.1, 4. ], dtype=float32)
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        chosen = trees.check_shape("weights", weights, task_mask.shape)
-        return chosen.astype(gramian.dtype), state
+    name = checks.arguments(constant, locals(), weights="per task (-inf, inf)")
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    def update(tasks, state):
+        return tasks.read("weights", weights), state
+
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

@@ -4,14 +4,13 @@ import typing
 from typing import Literal
 
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, solvers
+from optax_surgery import checks, core, solvers
 
 Rescale = Literal["1+c", "1+c^2"]
 
 
-def cagrad(c: float = 0.4, rescale: Rescale | None = None) -> optax.GradientTransformationExtraArgs:
+def cagrad(c: float = 0.4, rescale: Rescale | None = None) -> core.Surgery:
     r"""CAGrad: in a ball around the mean gradient, takes what helps the worst task most.
 
     With the mean gradient :math:`g_0` over the tasks that take part,
@@ -24,17 +23,17 @@ def cagrad(c: float = 0.4, rescale: Rescale | None = None) -> optax.GradientTran
     Args:
       c: radius of the ball relative to the norm of the mean gradient, at least 0. The authors take
         0.4 for NYUv2 and 0.2 to 0.9 elsewhere.
-      rescale: None for d as above, "1+c" or "1+c^2" to divide it by that number, which bounds its
-        growth with c.
+      rescale: None for d as above; one of "1+c" and "1+c^2" to divide it by that number, which
+        bounds its growth with c.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of a mean: between 1 - c and 1 + c times the mean gradient's norm.
       Its state is a `SolverReport`.
 
     Raises:
-      ValueError: for an unknown `rescale`; at trace time, from `update`, if the gradients are
-        not stacked.
+      ValueError: at trace time, from `update`, if the gradients are not stacked; at once, for an
+        argument out of its range.
 
     Note:
       The authors' code divides by 1 + c^2 by default, and code that compares with summed losses
@@ -55,17 +54,12 @@ def cagrad(c: float = 0.4, rescale: Rescale | None = None) -> optax.GradientTran
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
       <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021, Algorithm 1.
     """
-    if rescale not in (None, *typing.get_args(Rescale)):
-        raise ValueError(
-            f"Expected None or one of {typing.get_args(Rescale)}, got {rescale!r} at 'rescale'. "
-            "Do take None for the paper's update."
-        )
-    divisor = {None: 1, "1+c": 1 + c, "1+c^2": 1 + c**2}[rescale]
+    name = checks.arguments(cagrad, locals(), c="[0, inf)", rescale=typing.get_args(Rescale))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        mean = core.task_preference(None, task_mask).astype(gramian.dtype)
-        solution = solvers.cagrad_dual(gramian, mean, jnp.asarray(c, gramian.dtype), task_mask)
+    def update(tasks, state):
+        mean, radius = tasks.preference(None), jnp.asarray(c, tasks.dtype)
+        solution = solvers.cagrad_dual(tasks.gramian, mean, radius, tasks.task_mask)
+        divisor = {None: 1, "1+c": 1 + radius, "1+c^2": 1 + radius**2}[rescale]
         return (mean + solution.weights) / divisor, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    return core.gradient_surgery(core.Weighting(solvers.initial_report, update), name=name)

@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, linear
+from optax_surgery import checks, core, linear
 
 
 def conflict_free_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
@@ -25,8 +24,8 @@ def conflict_free_weights(gramian: jax.Array, preference: jax.Array) -> jax.Arra
 
 
 def conflict_free(
-    preference: jax.Array | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    preference: core.PerTask | None = None,
+) -> core.Surgery:
     r"""ConFIG: the direction with chosen, positive cosines to all task gradients.
 
     With the unit gradients in the rows of U and the preference p, :math:`u = U^{+} p` and
@@ -38,17 +37,17 @@ def conflict_free(
     gradients are linearly independent.
 
     Args:
-      preference: (T,) positive products of u with the unit gradients, the paper's weights;
-        equal by default.
+      preference: products of u with the unit gradients, the paper's weights, (T,) or a tree of
+        numbers, each above 0; equal by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the length of the summed gradient's projections on it, so the scale of a
       sum.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
-        has not one entry per task.
+        has not one entry per task; at once, for an argument out of its range.
 
     Note:
       The pseudo-inverse counts eigenvalues of C of at most T times the machine epsilon times
@@ -69,10 +68,9 @@ def conflict_free(
       Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
       <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, Equation 2.
     """
+    name = checks.arguments(conflict_free, locals(), preference="per task (0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        weights = core.task_preference(preference, task_mask).astype(gramian.dtype)
-        return conflict_free_weights(gramian, weights), state
+    def update(tasks, state):
+        return conflict_free_weights(tasks.gramian, tasks.preference(preference)), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

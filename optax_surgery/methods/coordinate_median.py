@@ -1,12 +1,9 @@
 """Coordinate median: at each coordinate the median of the task gradients."""
 
-import jax
-import optax
-
 from optax_surgery import core, trees
 
 
-def coordinate_median() -> optax.GradientTransformationExtraArgs:
+def coordinate_median() -> core.Surgery:
     """Coordinate median: at each coordinate takes the median of the task gradients.
 
     d[k] = median of g_1[k], ..., g_T[k]; for an even number of tasks the mean of the two in the
@@ -14,7 +11,7 @@ def coordinate_median() -> optax.GradientTransformationExtraArgs:
     a coordinate out of the range of the others. It is the trimmed mean that trims the most.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of a mean over tasks, and is no weighted sum: coordinates differ
       in which tasks they take.
 
@@ -39,8 +36,11 @@ def coordinate_median() -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/1803.01498>`_, ICML 2018, Definition 1.
     """
 
-    def rule(rows: jax.Array, *, key: jax.Array, task_mask: jax.Array) -> jax.Array:
-        del key
-        return trees.middle_mean(rows, task_mask.size, task_mask)
+    def update(tasks, task_updates, state):
+        def rule(rows, key):
+            return trees.middle_mean(rows, tasks.num_tasks, tasks.task_mask)
 
-    return core.coordinate_surgery("coordinate_median", rule)
+        return trees.map_rows(rule, task_updates, tasks.key), state
+
+    rule = core.StackedRule(lambda params: (), update)
+    return core.stacked_surgery(rule, name="coordinate_median")

@@ -1,31 +1,28 @@
 """CR-MOGM: average the weights of another method over the steps."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 
 class CRMOGMState(NamedTuple):
     """State of `cr_mogm`.
 
     Attributes:
-      weights: (T,) averages of the weights.
+      mean_weights: (T,) averages of the weights.
       seen: (T,) bool, whether a task has had a weight yet.
       inner_state: the state of the surgery that finds the weights.
     """
 
-    weights: jax.Array
+    mean_weights: jax.Array
     seen: jax.Array
     inner_state: Any
 
 
-def cr_mogm(
-    inner: optax.GradientTransformationExtraArgs, num_tasks: int, decay: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Surgery:
     r"""CR-MOGM: weights the task gradients by averages of the weights of another method.
 
     .. math:: \lambda_k = \alpha \lambda_{k-1} + (1 - \alpha) \hat\lambda_k
@@ -36,17 +33,18 @@ def cr_mogm(
 
     Args:
       inner: a surgery that works on the Gramian or the losses, such as `mgda()`.
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       decay: alpha in the paper, in [0, 1]. The paper lets it fall with the learning rate; use
         `optax.inject_hyperparams` for a schedule.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of the inner method's.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks, or if `inner` works on coordinates.
+        tasks, or if `inner` works on coordinates; at once, for an argument out of its range, and
+        for an `inner` that is no surgery.
 
     Note:
       A task that is masked keeps its average; one that is seen for the first time starts from
@@ -65,28 +63,24 @@ def cr_mogm(
       Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
       Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, Algorithm 1.
     """
+    name = checks.arguments(
+        cr_mogm, locals(), inner=core.Surgery, num_tasks="int [1, inf)", decay="[0, 1]"
+    )
 
     def init():
         return CRMOGMState(
-            weights=jnp.zeros(num_tasks, jnp.float32),
+            mean_weights=jnp.zeros(num_tasks),
             seen=jnp.zeros(num_tasks, bool),
             inner_state=inner.init(()),
         )
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key  # `inner` has its own
-        core.check_num_tasks("cr_mogm", num_tasks, task_mask.size)
-        # A surgery of the identity is its weights.
-        weights, inner_state = inner.update(
-            jnp.eye(num_tasks, dtype=gramian.dtype),
-            state.inner_state,
-            losses=losses,
-            task_mask=task_mask,
-            gramian=gramian,
-        )
-        weights = cast(jax.Array, weights)
-        averages = jnp.where(state.seen, decay * state.weights + (1 - decay) * weights, weights)
-        averages = jnp.where(task_mask, averages, state.weights)
-        return averages, CRMOGMState(averages, state.seen | task_mask, inner_state)
+    def update(tasks, state):
+        weights, inner_state = core.weights_of(inner, tasks, state.inner_state)
+        weights = weights.astype(state.mean_weights.dtype)
+        rate = jnp.asarray(decay, weights.dtype)
+        averages = rate * state.mean_weights + (1 - rate) * weights
+        averages = jnp.where(state.seen, averages, weights)
+        averages = jnp.where(tasks.task_mask, averages, state.mean_weights)
+        return averages, CRMOGMState(averages, state.seen | tasks.task_mask, inner_state)
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)

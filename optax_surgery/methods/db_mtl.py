@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, metrics, trees
+from optax_surgery import checks, core, metrics, trees
 
 
 class DBMTLState(NamedTuple):
@@ -26,9 +26,7 @@ def db_mtl_weights(gramian: jax.Array) -> jax.Array:
     return jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
 
 
-def db_mtl(
-    num_tasks: int, decay: float = 0.9, decay_power: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
+def db_mtl(num_tasks: int, decay: float = 0.9, decay_power: float = 0.0) -> core.Surgery:
     r"""DB-MTL: takes gradients of the log losses, averages them and makes them equally long.
 
     .. math::
@@ -40,24 +38,26 @@ def db_mtl(
     different sizes.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       decay: share that an average keeps of its value, beta in the paper, in [0, 1). The
         authors choose among 0.1, 0.5 and 0.9.
-      decay_power: how fast that share falls with the step, sigma in the authors' code: 0, or 0.5
-        for beta over the root of k.
+      decay_power: how fast that share falls with the step, sigma in the authors' code, at least
+        0; they have 0, or 0.5 for beta over the root of k.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum over tasks of vectors as long as the longest average. It needs the
       extra argument `losses`. Its state holds one number per coordinate and task.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks, the losses are missing, or a Gramian is given.
+        tasks, the losses are missing, or a Gramian is given; at once, for an argument out of its
+        range.
 
     Note:
       Pass the gradients of the losses themselves: they are divided by the losses here, which is
-      the gradient of the logarithm. Losses have to be positive; one below zero counts as zero.
+      the gradient of the logarithm. Losses have to be above zero: the task of one that is not
+      has weight zero in that step, keeps its average, and is counted in the state.
       Averages start from zero without a correction, as in the authors' code, so that the first
       update is 1 - beta times as long as without averages. Task heads take the gradients of
       the log losses too, without the common length.
@@ -77,18 +77,28 @@ def db_mtl(
       2023, Algorithm 1.
     """
 
+    name = checks.arguments(
+        db_mtl,
+        locals(),
+        num_tasks="int [1, inf)",
+        decay="[0, 1)",
+        decay_power="[0, inf)",
+    )
+
     def init(params):
         return DBMTLState(trees.zeros_per_task(params, num_tasks))
 
-    def update(task_updates, state, *, key, step, losses, task_mask):
-        del key
-        losses = core.needed("db_mtl", losses=losses)
-        of_logarithms = trees.scale_tasks(1 / (jnp.maximum(losses, 0) + 1e-8), task_updates)
-        kept = decay / (step + 1.0) ** decay_power
-        rates = jnp.where(task_mask, 1 - kept, 0)
+    def update(tasks, task_updates, state):
+        task_mask, dtype = tasks.task_mask, tasks.dtype
+        # Where all tasks are masked, their losses may be anything.
+        losses = jnp.where(tasks.losses > 0, tasks.losses, 1)
+        of_logarithms = trees.scale_tasks(1 / (losses + 1e-8), task_updates)
+        fall = (tasks.step + 1).astype(dtype) ** jnp.asarray(decay_power, dtype)
+        rates = jnp.where(task_mask, 1 - jnp.asarray(decay, dtype) / fall, 0)
         averages = trees.move_tasks(rates, state.averages, of_logarithms)
         present = trees.mask_tasks(task_mask, averages)
         weights = db_mtl_weights(trees.gramian_in_range(present))
         return trees.combine(weights, present), DBMTLState(averages)
 
-    return core.stacked_surgery("db_mtl", init, update, num_tasks=num_tasks)
+    rule = core.StackedRule(init, update, usable=lambda tasks: tasks.losses > 0)
+    return core.stacked_surgery(rule, name=name, num_tasks=num_tasks)

@@ -1,12 +1,9 @@
 """DualProj: the vector nearest to the mean gradient that conflicts with no task."""
 
-import jax
-import optax
-
-from optax_surgery import core, solvers
+from optax_surgery import checks, core, solvers
 
 
-def dualproj(preference: jax.Array | None = None) -> optax.GradientTransformationExtraArgs:
+def dualproj(preference: core.PerTask | None = None) -> core.Surgery:
     r"""DualProj: projects the weighted mean of the task gradients on their dual cone.
 
     The dual cone holds the vectors that conflict with no task. The projection of
@@ -15,17 +12,17 @@ def dualproj(preference: jax.Array | None = None) -> optax.GradientTransformatio
     .. math:: w = \arg\min_{v \ge p} v^\top G v.
 
     Args:
-      preference: (T,) non-negative weights p of the mean; 1/T each by default (over the tasks that
-        are not masked).
+      preference: weights p of the mean, (T,) or a tree of numbers, each at least 0; 1/T each by
+        default (over the tasks that are not masked).
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of the weighted mean; weights are at least p. Its state is a
       `SolverReport`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
-        has not one entry per task.
+        has not one entry per task; at once, for an argument out of its range.
 
     Note:
       GEM projects the gradient of the current task on the dual cone of past ones: pass 1 for that
@@ -45,11 +42,11 @@ def dualproj(preference: jax.Array | None = None) -> optax.GradientTransformatio
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning
       <https://arxiv.org/abs/1706.08840>`_, NeurIPS 2017, Equation 11.
     """
+    name = checks.arguments(dualproj, locals(), preference="per task [0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        weights = core.task_preference(preference, task_mask).astype(gramian.dtype)
-        solution = solvers.dual_cone_projection(gramian, weights, task_mask)
+    def update(tasks, state):
+        chosen = tasks.preference(preference)
+        solution = solvers.dual_cone_projection(tasks.gramian, chosen, tasks.task_mask)
         return solution.weights, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    return core.gradient_surgery(core.Weighting(solvers.initial_report, update), name=name)

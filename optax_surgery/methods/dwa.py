@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 # What a softmax can take without the rounding of a fused quotient making it overflow.
 LARGEST_RATIO = 1e6
@@ -18,8 +17,8 @@ class DWAState(NamedTuple):
     Attributes:
       task_steps: (T,) int32, the number of steps in which a task took part.
       means: (T,) mean losses in the window that is not full yet.
-      last_means: (T,) mean losses in the last full window.
-      earlier_means: (T,) mean losses in the full window before that.
+      last_means: (T,) mean losses in the last full window, 0 before.
+      earlier_means: (T,) mean losses in the full window before that, 0 before.
     """
 
     task_steps: jax.Array
@@ -28,9 +27,7 @@ class DWAState(NamedTuple):
     earlier_means: jax.Array
 
 
-def dwa(
-    num_tasks: int, window: int, temperature: float = 2.0
-) -> optax.GradientTransformationExtraArgs:
+def dwa(num_tasks: int, window: int, temperature: float = 2.0) -> core.Surgery:
     r"""Dynamic weight average (DWA): more weight for the tasks whose losses fall more slowly.
 
     With the mean losses :math:`\bar L(t - 1)` and :math:`\bar L(t - 2)` of the last two windows,
@@ -42,22 +39,23 @@ def dwa(
     Weights are 1 until two windows are full.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       window: number of steps to take the mean losses of, at least 1. The paper has one epoch.
-      temperature: tau, above zero; T = 2 in the paper. A higher one makes weights more even.
+      temperature: tau, above 0; T = 2 in the paper. A higher one makes weights more even.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted sum; weights are above zero and add up to T.
 
     Raises:
-      ValueError: for a `window` below 1; at trace time, from `update`, if `losses` are missing or
-        the gradients are not those of `num_tasks` tasks.
+      ValueError: at trace time, from `update`, if `losses` are missing or the gradients are not
+        those of `num_tasks` tasks; at once, for an argument out of its range.
 
     Note:
       A window is full when its task has taken part in that many steps: masked steps do not count
-      for it. A ratio to a mean loss of zero counts as 1, and none as more than a million. Other
-      code has windows of 25 steps that slide, and the mean of the weighted losses.
+      for it. Where one of the two mean losses is not above zero, their ratio says nothing and
+      counts as 1; none counts as more than a million. Other code has windows of 25 steps that
+      slide, and the mean of the weighted losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,30 +71,30 @@ def dwa(
       Liu et al., `End-to-End Multi-Task Learning with Attention
       <https://arxiv.org/abs/1803.10704>`_, CVPR 2019, Equation 7.
     """
-    if window < 1:
-        raise ValueError(
-            f"Expected a window of at least 1 step, got {window} at 'window'. "
-            "Pass the number of steps of an epoch for the paper's method."
-        )
+    name = checks.arguments(
+        dwa,
+        locals(),
+        num_tasks="int [1, inf)",
+        window="int [1, inf)",
+        temperature="(0, inf)",
+    )
 
     def init():
-        means = jnp.zeros((3, num_tasks), jnp.float32)
-        return DWAState(jnp.zeros(num_tasks, jnp.int32), *means)
+        return DWAState(jnp.zeros(num_tasks, jnp.int32), *jnp.zeros((3, num_tasks)))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = core.needed("dwa", losses=losses)
-        core.check_num_tasks("dwa", num_tasks, task_mask.size)
-
-        known = (state.task_steps >= 2 * window) & (state.earlier_means != 0)
+    def update(tasks, state):
+        task_mask, dtype = tasks.task_mask, state.means.dtype
+        known = (state.last_means > 0) & (state.earlier_means > 0)
         ratios = state.last_means / jnp.where(known, state.earlier_means, 1)
-        ratios = jnp.where(known, jnp.clip(ratios, -LARGEST_RATIO, LARGEST_RATIO), 1)
-        logits = jnp.where(task_mask, ratios / temperature, jnp.finfo(ratios.dtype).min)
-        weights = jnp.sum(task_mask) * jax.nn.softmax(logits)
+        ratios = jnp.where(known, jnp.minimum(ratios, LARGEST_RATIO), 1)
+        logits = ratios / jnp.asarray(temperature, dtype)
+        shares = jax.nn.softmax(jnp.where(task_mask, logits, jnp.finfo(dtype).min))
+        weights = jnp.sum(task_mask).astype(dtype) * shares
 
-        place = state.task_steps % window
-        means = state.means + (losses - state.means) / (place + 1)
-        full = place + 1 == window
+        num_seen = state.task_steps % window + 1
+        moves = (tasks.losses.astype(dtype) - state.means) / num_seen.astype(dtype)
+        means = state.means + moves
+        full = num_seen == window
         new_state = DWAState(
             task_steps=state.task_steps + 1,
             means=jnp.where(full, 0, means),
@@ -107,4 +105,4 @@ def dwa(
             lambda new, old: jnp.where(task_mask, new, old), new_state, state
         )
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)

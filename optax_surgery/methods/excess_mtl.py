@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, trees
+from optax_surgery import checks, core, trees
 
 
 class ExcessMTLState(NamedTuple):
@@ -29,18 +29,20 @@ class ExcessMTLState(NamedTuple):
 
 def excess_risks(root_sums: optax.Updates, task_updates: optax.Updates) -> jax.Array:
     """The estimates of the excess risks, (T,): sums of g^2 / sqrt(S) over coordinates."""
+    dtype = trees.gramian_dtype(task_updates)
 
     def per_coordinate(root_sum, leaf):
         sizes = jnp.abs(leaf.astype(root_sum.dtype))
         # in this order, as squares may leave the range of the dtype
-        return sizes * (sizes / jnp.where(root_sum > 0, root_sum, 1))
+        shares = sizes * (sizes / jnp.where(root_sum > 0, root_sum, 1))
+        return shares.astype(dtype)
 
     return trees.sum_coordinates(jax.tree.map(per_coordinate, root_sums, task_updates))
 
 
 def excess_mtl(
     num_tasks: int, learning_rate: float = 0.01, num_warmup_steps: int = 1
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""ExcessMTL: weights the task gradients by how far each task is from convergence.
 
     The excess risk of a task, its loss less the least loss possible, is estimated from its
@@ -57,19 +59,20 @@ def excess_mtl(
     labels are noisy.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       learning_rate: step of the logarithms of the weights, eta_alpha in the paper, above 0.
-      num_warmup_steps: first steps of a task, over which its excess risk is averaged to
-        :math:`e_i^0` and its weight stays. The paper takes those of 3 epochs, the authors' code 1.
+      num_warmup_steps: number of first steps of a task, at least 1, over which its excess risk is
+        averaged to :math:`e_i^0` and its weight stays. The paper takes those of 3 epochs, the
+        authors' code 1.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean over tasks. Its state holds one number per coordinate and
       task.
 
     Raises:
-      ValueError: for a `num_warmup_steps` below 1; at trace time, from `update`, if the
-        gradients are not those of `num_tasks` tasks, or a Gramian is given.
+      ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
+        tasks, or a Gramian is given; at once, for an argument out of its range.
 
     Note:
       The authors' code has weights of sum T: its update is T times ours. It adds 1e-7 to S; here a
@@ -94,35 +97,39 @@ def excess_mtl(
       He et al., `Robust Multi-Task Learning with Excess Risks
       <https://arxiv.org/abs/2402.02009>`_, ICML 2024, Equations 6, 7 and 9.
     """
-    if num_warmup_steps < 1:
-        raise ValueError(
-            f"Expected at least one step, got {num_warmup_steps} at 'num_warmup_steps'. The first "
-            "excess risks are what later ones are divided by."
-        )
+    name = checks.arguments(
+        excess_mtl,
+        locals(),
+        num_tasks="int [1, inf)",
+        learning_rate="(0, inf)",
+        num_warmup_steps="[1, inf)",
+    )
 
     def init(params):
         return ExcessMTLState(
             root_sums=trees.zeros_per_task(params, num_tasks),
-            baselines=jnp.zeros(num_tasks, jnp.float32),
+            baselines=jnp.zeros(num_tasks),
             num_estimates=jnp.zeros(num_tasks, jnp.int32),
-            log_weights=jnp.zeros(num_tasks, jnp.float32),
+            log_weights=jnp.zeros(num_tasks),
         )
 
-    def update(task_updates, state, *, key, step, losses, task_mask):
-        del key, step, losses
+    def update(tasks, task_updates, state):
+        task_mask, dtype = tasks.task_mask, state.baselines.dtype
         root_sums = jax.tree.map(
             lambda root_sum, leaf: jnp.hypot(root_sum, leaf.astype(root_sum.dtype)),
             state.root_sums,
             task_updates,
         )
-        risks = excess_risks(root_sums, task_updates)
-        num_estimates = state.num_estimates + (risks > 0)
-        first = num_estimates <= num_warmup_steps
-        means = state.baselines + (risks - state.baselines) / jnp.maximum(num_estimates, 1)
+        risks = excess_risks(root_sums, task_updates).astype(dtype)
+        num_estimates = state.num_estimates + (risks > 0).astype(jnp.int32)
+        first = num_estimates.astype(dtype) <= jnp.asarray(num_warmup_steps, dtype)
+        moves = (risks - state.baselines) / jnp.maximum(num_estimates, 1).astype(dtype)
+        means = state.baselines + moves
         baselines = jnp.where(first & (risks > 0), means, state.baselines)
 
         ratios = jnp.where(first, 1, risks / jnp.where(baselines > 0, baselines, 1))
-        gained = state.log_weights + learning_rate * jnp.minimum(ratios, 1e30)
+        gains = jnp.asarray(learning_rate, dtype) * jnp.minimum(ratios, 1e30)
+        gained = state.log_weights + gains
         before, after = (
             jax.nn.logsumexp(numbers, where=task_mask) for numbers in (state.log_weights, gained)
         )
@@ -131,4 +138,4 @@ def excess_mtl(
         new_state = ExcessMTLState(root_sums, baselines, num_estimates, log_weights)
         return trees.combine(weights, task_updates), new_state
 
-    return core.stacked_surgery("excess_mtl", init, update, num_tasks=num_tasks)
+    return core.stacked_surgery(core.StackedRule(init, update), name=name, num_tasks=num_tasks)

@@ -1,11 +1,9 @@
 """FairGrad: the update whose gains are shared fairly between the tasks."""
 
-import optax
-
-from optax_surgery import core, solvers
+from optax_surgery import checks, core, solvers
 
 
-def fairgrad(alpha: float = 2.0) -> optax.GradientTransformationExtraArgs:
+def fairgrad(alpha: float = 2.0) -> core.Surgery:
     r"""FairGrad: weights the task gradients so that their gains are alpha-fair.
 
     With the gains :math:`u_i = g_i \cdot d`, the update maximises
@@ -20,13 +18,13 @@ def fairgrad(alpha: float = 2.0) -> optax.GradientTransformationExtraArgs:
       alpha: fairness, above 0; 2 in the authors' experiments.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is homogeneous of degree (1 - alpha) / (1 + alpha) in the gradients, -1/3 for
       alpha = 2: it grows as gradients shrink. Its state is a `SolverReport`.
 
     Raises:
-      ValueError: for an `alpha` that is not positive; at trace time, from `update`, if the
-        gradients are not stacked.
+      ValueError: at trace time, from `update`, if the gradients are not stacked; at once, for an
+        argument out of its range.
 
     Note:
       With an optimiser that is not invariant to scale, clip: the authors multiply by T and
@@ -47,14 +45,10 @@ def fairgrad(alpha: float = 2.0) -> optax.GradientTransformationExtraArgs:
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
       <https://arxiv.org/abs/2402.15638>`_, ICML 2024, Equation 6 and Algorithm 1.
     """
-    if isinstance(alpha, int | float) and alpha <= 0:
-        raise ValueError(
-            f"Expected alpha > 0, got {alpha} at 'alpha'. Use `mean()` for its limit at 0."
-        )
+    name = checks.arguments(fairgrad, locals(), alpha="(0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        solution = solvers.fair_weights(gramian, alpha, task_mask)
+    def update(tasks, state):
+        solution = solvers.fair_weights(tasks.gramian, alpha, tasks.task_mask)
         return solution.weights, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    return core.gradient_surgery(core.Weighting(solvers.initial_report, update), name=name)

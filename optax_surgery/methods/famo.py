@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, trees
+from optax_surgery import checks, core
 
 # As in the authors' code, a loss is taken to be this much above its lower bound.
 EPSILON = 1e-8
@@ -38,10 +38,10 @@ def famo_slopes(logits: jax.Array, decreases: jax.Array, present: jax.Array) -> 
 
 def famo(
     num_tasks: int,
-    lower_bounds: jax.Array | None = None,
+    lower_bounds: core.PerTask | None = None,
     decay: float = 1e-3,
     optimizer: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""FAMO: weights the tasks so that the logarithms of their losses fall equally fast.
 
     With :math:`D_i = L_i - b_i` and learnt logits :math:`\xi` that begin at 0, the update is the
@@ -59,20 +59,21 @@ def famo(
         \big( \log D^{\text{last}} - \log D \big).
 
     Args:
-      num_tasks: number of tasks T.
-      lower_bounds: (T,) least possible losses, b; 0 by default.
-      decay: gamma in the paper, not negative. The authors have 0.001 for NYUv2, QM9 and CelebA,
+      num_tasks: number of tasks T, at least 1.
+      lower_bounds: least possible losses, b, (T,) or a tree of any numbers; 0 by default.
+      decay: gamma in the paper, at least 0. The authors have 0.001 for NYUv2, QM9 and CelebA,
         0.01 for Cityscapes and 0 for their toy problem.
       optimizer: what steps the logits; by default `optax.adam(0.025)`, beta in the paper being
         its learning rate.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean; weights are above zero and add up to 1.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing, the gradients are not
-        those of `num_tasks` tasks, or `lower_bounds` has not one entry per task.
+        those of `num_tasks` tasks, or `lower_bounds` has not one entry per task; at once, for an
+        argument out of its range.
 
     Note:
       The authors evaluate the losses of the same batch again after the step. Here the gain is
@@ -81,8 +82,8 @@ def famo(
       goes through Adam. They clip the update to norm 1, which
       `optax.chain(famo(T), optax.clip_by_global_norm(1.0))` does. A task that was masked is
       compared with when it last took part, and a task seen for the first time has no gain yet.
-      Losses have to be above their bounds: one that is not counts as 1e-8 above, and its task has
-      nearly all the weight.
+      Losses have to be above their bounds: the task of one that is not has weight zero in that
+      step, and is counted in the state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -101,27 +102,36 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization
       <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023, Algorithm 1.
     """
-    shape = jax.ShapeDtypeStruct((num_tasks,), jnp.float32)
-    learner = core.unnamed_state(optax.adam(0.025) if optimizer is None else optimizer, shape)
+    name = checks.arguments(
+        famo,
+        locals(),
+        num_tasks="int [1, inf)",
+        lower_bounds="per task (-inf, inf)",
+        decay="[0, inf)",
+        optimizer=optax.GradientTransformation,
+    )
+    learner = core.unnamed_state(optax.adam(0.025) if optimizer is None else optimizer, num_tasks)
 
     def init():
-        zeros = jnp.zeros(shape.shape, shape.dtype)
+        zeros = jnp.zeros(num_tasks)
         return FAMOState(zeros, learner.init(zeros), jnp.zeros_like(zeros))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = core.needed("famo", losses=losses)
-        core.check_num_tasks("famo", num_tasks, task_mask.size)
-        if lower_bounds is not None:
-            losses = losses - trees.check_shape("lower_bounds", lower_bounds, task_mask.shape)
-        gaps = jnp.maximum(losses, 0) + EPSILON
+    def gaps_of(tasks):
+        if lower_bounds is None:
+            return tasks.losses
+        return tasks.losses - tasks.read("lower_bounds", lower_bounds)
 
+    def update(tasks, state):
+        task_mask = tasks.task_mask
+        gaps = (jnp.maximum(gaps_of(tasks), 0) + EPSILON).astype(state.logits.dtype)
         present = task_mask & (state.last_gaps > 0)
         last_gaps = jnp.where(present, state.last_gaps, 1)
         decreases = jnp.log(last_gaps) - jnp.log(jnp.where(present, gaps, 1))
-        slopes = famo_slopes(state.logits, decreases.astype(jnp.float32), present)
+        slopes = famo_slopes(state.logits, decreases, present)
         steps, optimizer_state = learner.update(
-            slopes + decay * state.logits, state.optimizer_state, state.logits
+            slopes + jnp.asarray(decay, slopes.dtype) * state.logits,
+            state.optimizer_state,
+            state.logits,
         )
         # What belongs to an absent task stays, and all stays where no task is compared.
         logits, optimizer_state = jax.tree.map(
@@ -133,4 +143,5 @@ def famo(
         last_gaps = jnp.where(task_mask, gaps, state.last_gaps)
         return jax.nn.softmax(scores), FAMOState(logits, optimizer_state, last_gaps)
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    weighting = core.Weighting(init, update, usable=lambda tasks: gaps_of(tasks) > 0)
+    return core.gradient_surgery(weighting, name=name, num_tasks=num_tasks)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from optax_surgery import core, solvers
@@ -42,8 +41,8 @@ def geometric_median_weights(gramian: jax.Array, task_mask: jax.Array) -> solver
 
     medians = _gradients_that_are_medians(scaled, task_mask)
     found = jnp.any(medians)
-    start = jnp.where(found, medians, task_mask)
-    start = (start / jnp.maximum(jnp.sum(start), 1)).astype(dtype)
+    start = jnp.where(found, medians, task_mask).astype(dtype)
+    start = start / jnp.maximum(jnp.sum(start), 1)
     moved = jnp.where(found, 0, 1).astype(dtype)
     weights, moved, _ = lax.while_loop(unfinished, step, (start, moved, 0))
     return solvers.Solution(weights, moved < 1e-4, moved)
@@ -64,11 +63,11 @@ def _gradients_that_are_medians(gramian: jax.Array, task_mask: jax.Array) -> jax
     pull = pull - jnp.diag(jnp.sum(pull, axis=1))
     products = jnp.matmul(pull, gramian, precision=lax.Precision.HIGHEST)
     length = jnp.sqrt(jnp.maximum(jnp.sum(pull * products, axis=1), 0))
-    multiplicity = jnp.sum(pairs & ~apart, axis=1)
+    multiplicity = jnp.sum(pairs & ~apart, axis=1, dtype=gramian.dtype)
     return task_mask & (length <= multiplicity * (1 + 8 * jnp.sqrt(eps)))
 
 
-def geometric_median() -> optax.GradientTransformationExtraArgs:
+def geometric_median() -> core.Surgery:
     r"""Geometric median: takes the vector with the least sum of distances to the task gradients.
 
     .. math:: d = \arg\min_d \sum_i \|d - g_i\|
@@ -76,7 +75,7 @@ def geometric_median() -> optax.GradientTransformationExtraArgs:
     Up to half of the gradients may be anything without carrying it off.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean of the task gradients. Its state is a `SolverReport`.
 
     Raises:
@@ -103,9 +102,9 @@ def geometric_median() -> optax.GradientTransformationExtraArgs:
       Aggregation for Federated Learning <https://arxiv.org/abs/1912.13445>`_, 2022.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        solution = geometric_median_weights(gramian, task_mask)
+    def update(tasks, state):
+        solution = geometric_median_weights(tasks.gramian, tasks.task_mask)
         return solution.weights, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    weighting = core.Weighting(solvers.initial_report, update)
+    return core.gradient_surgery(weighting, name="geometric_median")

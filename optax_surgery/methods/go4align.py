@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
-# Losses of less than this share of the largest one, negative ones too, count as this share.
+# Losses of less than this share of the largest one count as this share.
 LEAST_SHARE = 1e-8
 # What a softmax can take without the rounding of a fused product making it overflow.
 LARGEST_LOG_SHARE = 1e6
@@ -47,8 +46,8 @@ def group_means(values: jax.Array, task_mask: jax.Array, num_groups: int) -> jax
     edges, ranks = jnp.arange(values.size + 1), jnp.arange(values.size)
     after = edges[:, None] <= ranks[None, :]
     members = (after[:, None, :] & ~after[None, :, :]) & active[None, None, :]
-    sizes = jnp.sum(members, axis=-1)
-    means = jnp.sum(members * ranked[None, None, :], axis=-1) / jnp.maximum(sizes, 1)
+    sizes = jnp.maximum(jnp.sum(members, axis=-1), 1).astype(ranked.dtype)
+    means = jnp.sum(jnp.where(members, ranked[None, None, :], 0), axis=-1) / sizes
     deviations = jnp.where(members, ranked[None, None, :] - means[:, :, None], 0)
     costs = jnp.sum(deviations**2, axis=-1)
     costs = jnp.where(edges[:, None] <= edges[None, :], costs, jnp.inf)
@@ -67,9 +66,7 @@ def group_means(values: jax.Array, task_mask: jax.Array, num_groups: int) -> jax
     return jnp.sum(groups, axis=0)[jnp.argsort(order)]
 
 
-def go4align(
-    num_tasks: int, num_groups: int, learning_rate: float = 1e-4
-) -> optax.GradientTransformationExtraArgs:
+def go4align(num_tasks: int, num_groups: int, learning_rate: float = 1e-4) -> core.Surgery:
     r"""GO4Align: evens out the losses, with one weight for each group of tasks.
 
     With shares p that begin even, in every step
@@ -82,26 +79,27 @@ def go4align(
     where the groups are those of k-means on :math:`r_1, \dots, r_T`.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       num_groups: number of groups, at least 1. With 1 all weights are equal, and with T none is
         shared.
-      learning_rate: eta, not negative; the `robust_step_size` of the authors' code.
+      learning_rate: eta, at least 0; the `robust_step_size` of the authors' code.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted sum: for equal losses weights are 1, else their sum is larger.
       They are above zero.
 
     Raises:
-      ValueError: for a `num_groups` below 1; at trace time, from `update`, if `losses` are
-        missing or the gradients are not those of `num_tasks` tasks.
+      ValueError: at trace time, from `update`, if `losses` are missing or the gradients are not
+        those of `num_tasks` tasks; at once, for an argument out of its range.
 
     Note:
       This is what the authors' code means to do. As released it has one group by default, and
       with more it stops, as the import of its k-means is commented out. That k-means begins at
       random; ours is the exact optimum for numbers on a line. For masked tasks: p moves by each
       task's loss less the mean loss of those that take part, which without masks is the same.
-      Losses of less than 1e-8 times the largest, negative ones too, count as that in r.
+      Losses have to be above zero: the task of one that is not has weight zero in that step,
+      and is counted in the state. Losses of less than 1e-8 times the largest count as that in r.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -116,30 +114,31 @@ def go4align(
       Shen et al., `GO4Align: Group Optimization for Multi-Task Alignment
       <https://arxiv.org/abs/2404.06486>`_, NeurIPS 2024.
     """
-    if num_groups < 1:
-        raise ValueError(
-            f"Expected at least 1 group, got {num_groups} at 'num_groups'. "
-            "Pass a number between 2 and the number of tasks, less 1."
-        )
+    name = checks.arguments(
+        go4align,
+        locals(),
+        num_tasks="int [1, inf)",
+        num_groups="int [1, inf)",
+        learning_rate="[0, inf)",
+    )
 
     def init():
-        return GO4AlignState(jnp.zeros(num_tasks, jnp.float32))
+        return GO4AlignState(jnp.zeros(num_tasks))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = core.needed("go4align", losses=losses)
-        core.check_num_tasks("go4align", num_tasks, task_mask.size)
-        lowest = jnp.finfo(losses.dtype).min
+    def update(tasks, state):
+        task_mask, dtype = tasks.task_mask, state.log_shares.dtype
+        losses, evenly = tasks.losses.astype(dtype), tasks.preference(None).astype(dtype)
+        lowest = jnp.finfo(dtype).min
 
-        evenly = core.task_preference(None, task_mask).astype(losses.dtype)
-        moves = -learning_rate * (losses - jnp.sum(evenly * losses))
+        moves = -jnp.asarray(learning_rate, dtype) * (losses - jnp.sum(evenly * losses))
         log_shares = jnp.clip(state.log_shares + moves, -LARGEST_LOG_SHARE, LARGEST_LOG_SHARE)
         log_shares = jnp.where(task_mask, log_shares, state.log_shares)
         shares = jax.nn.softmax(jnp.where(task_mask, log_shares, lowest))
 
-        peak = jnp.max(jnp.where(task_mask, losses, lowest))
+        peak = jnp.max(jnp.where(task_mask, losses, 0))
         relative = jnp.clip(losses / jnp.where(peak > 0, peak, 1), LEAST_SHARE, 1)
         ratios = shares * jnp.sum(jnp.where(task_mask, relative, 0)) / relative
         return group_means(ratios, task_mask, num_groups), GO4AlignState(log_shares)
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    weighting = core.Weighting(init, update, usable=lambda tasks: tasks.losses > 0)
+    return core.gradient_surgery(weighting, name=name, num_tasks=num_tasks)

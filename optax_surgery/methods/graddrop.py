@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, trees
+from optax_surgery import checks, core, trees
 
 
 def graddrop_update(rows: jax.Array, draws: jax.Array, leak: jax.Array) -> jax.Array:
@@ -27,9 +26,7 @@ def graddrop_update(rows: jax.Array, draws: jax.Array, leak: jax.Array) -> jax.A
     return jnp.sum(jnp.where(kept, rows, leaks * rows), axis=0)
 
 
-def graddrop(
-    leak: float | jax.Array = 0.0, *, key: jax.Array | int = 0
-) -> optax.GradientTransformationExtraArgs:
+def graddrop(leak: float | core.PerTask = 0.0, *, key: jax.Array | int = 0) -> core.Surgery:
     r"""GradDrop: at each coordinate keeps the task gradients of one sign and drops the others.
 
     The sign is drawn for each coordinate and each step: positive with the probability
@@ -47,11 +44,11 @@ def graddrop(
 
     Args:
       leak: share of a gradient that passes whatever the sign, ell in the paper, in [0, 1]; one
-        number, or (T,). With 1 the update is the sum.
+        number, (T,), or a tree of them. With 1 the update is the sum.
       key: seed or PRNG key of the draws.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum over tasks, and no weighted sum: coordinates differ in which tasks
       they take.
 
@@ -79,17 +76,19 @@ def graddrop(
       Chen et al., `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
       Dropout <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020, Algorithm 1.
     """
-    if isinstance(leak, int | float) and not 0 <= leak <= 1:
-        raise ValueError(
-            f"Expected a leak in [0, 1], got {leak} at 'leak'. It is the share of a gradient that "
-            "is never dropped: take 0 for the paper's method."
-        )
+    name = checks.arguments(graddrop, locals(), leak="per task [0, 1]")
 
-    def rule(rows, *, key, task_mask):
-        leaks = jnp.asarray(leak)
-        if leaks.ndim:
-            leaks = trees.check_shape("leak", leaks, task_mask.shape)
-        draws = jax.random.uniform(key, rows.shape[1:], jnp.float32)
-        return graddrop_update(rows, draws, jnp.broadcast_to(leaks, task_mask.shape))
+    def update(tasks, task_updates, state):
+        if not checks.is_tree(leak) and jnp.ndim(leak) == 0:
+            leaks = jnp.full(tasks.num_tasks, leak, tasks.dtype)
+        else:
+            leaks = tasks.read("leak", leak)
 
-    return core.coordinate_surgery("graddrop", rule, key=key)
+        def rule(rows, key):
+            draws = jax.random.uniform(key, rows.shape[1:], jnp.float32)
+            return graddrop_update(rows, draws.astype(rows.dtype), leaks)
+
+        return trees.map_rows(rule, task_updates, tasks.key), state
+
+    rule = core.StackedRule(lambda params: (), update)
+    return core.stacked_surgery(rule, name=name, key=key)

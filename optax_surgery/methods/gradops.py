@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, linear, trees
+from optax_surgery import checks, core, linear
 
 
 def gradops_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
@@ -31,7 +30,7 @@ def gradops_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
     return inverse_norms * (inverse @ (norms * parts))
 
 
-def gradops(preference: jax.Array | None = None) -> optax.GradientTransformationExtraArgs:
+def gradops(preference: core.PerTask | None = None) -> core.Surgery:
     r"""GradOPS: keeps of each task gradient what is orthogonal to the span of all others.
 
     .. math::
@@ -41,16 +40,16 @@ def gradops(preference: jax.Array | None = None) -> optax.GradientTransformation
     the weights w >= 0 are, so w chooses among updates that conflict with no task.
 
     Args:
-      preference: (T,) non-negative weights of the orthogonal parts, w in the paper; 1 each by
-        default.
+      preference: weights of the orthogonal parts, w in the paper, (T,) or a tree of numbers, each
+        at least 0; 1 each by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum of parts that are each no longer than the task's gradient.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
-        has not one entry per task.
+        has not one entry per task; at once, for an argument out of its range.
 
     Note:
       A gradient in the span of the others has no orthogonal part: as gradients become linearly
@@ -71,11 +70,12 @@ def gradops(preference: jax.Array | None = None) -> optax.GradientTransformation
       Zhu et al., `Gradient Deconfliction via Orthogonal Projections onto Subspaces For
       Multi-task Learning <https://arxiv.org/abs/2503.03438>`_, WSDM 2025.
     """
+    name = checks.arguments(gradops, locals(), preference="per task [0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        chosen = jnp.ones_like(task_mask) if preference is None else preference
-        weights = trees.check_shape("preference", chosen, task_mask.shape)
-        return gradops_weights(gramian, weights.astype(gramian.dtype)), state
+    def update(tasks, state):
+        chosen = jnp.ones(tasks.num_tasks, tasks.dtype)  # and not 1/T: the update is a sum
+        if preference is not None:
+            chosen = tasks.read("preference", preference)
+        return gradops_weights(tasks.gramian, chosen), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

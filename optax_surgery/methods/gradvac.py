@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 
 class GradVacState(NamedTuple):
@@ -21,7 +20,7 @@ class GradVacState(NamedTuple):
 
 
 def gradvac_weights(
-    gramian: jax.Array, orders: jax.Array, targets: jax.Array, decay: float
+    gramian: jax.Array, orders: jax.Array, targets: jax.Array, decay: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """GradVac's weights for given orders, and the averages after them.
 
@@ -72,9 +71,7 @@ def gradvac_weights(
     return jnp.sum(coefficients, axis=0), targets
 
 
-def gradvac(
-    num_tasks: int, decay: float = 0.5, *, key: jax.Array | int = 0
-) -> optax.GradientTransformationExtraArgs:
+def gradvac(num_tasks: int, decay: float = 0.5, *, key: jax.Array | int = 0) -> core.Surgery:
     r"""GradVac: turns each task gradient until its cosine with another is what it usually is.
 
     For every task i, beginning with :math:`g_i' = g_i`, and for every other task j in an order
@@ -90,18 +87,18 @@ def gradvac(
     :math:`\sum_i g_i'`.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       decay: 1 - beta in the paper, in [0, 1]; with 1 the averages stay at zero and the method
         is PCGrad.
       key: seed or PRNG key of the random orders.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum over tasks; weights are at least 1. The first one is PCGrad's.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks.
+        tasks; at once, for an argument out of its range.
 
     Note:
       The averages are updated for every pair in every step, also where nothing was turned, as
@@ -121,17 +118,19 @@ def gradvac(
       Wang et al., `Gradient Vaccine: Investigating and Improving Multi-task Optimization in
       Massively Multilingual Models <https://arxiv.org/abs/2010.05874>`_, ICLR 2021, Algorithm 1.
     """
+    name = checks.arguments(gradvac, locals(), num_tasks="int [1, inf)", decay="[0, 1]")
 
     def init():
-        return GradVacState(jnp.zeros((num_tasks, num_tasks), jnp.float32))
+        return GradVacState(jnp.zeros((num_tasks, num_tasks)))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del losses
-        core.check_num_tasks("gradvac", num_tasks, task_mask.size)
-        orders = core.random_orders(key, num_tasks)
+    def update(tasks, state):
         weights, targets = gradvac_weights(
-            gramian, orders, state.targets.astype(gramian.dtype), decay
+            tasks.gramian,
+            core.random_orders(tasks.key, num_tasks),
+            state.targets.astype(tasks.dtype),
+            jnp.asarray(decay, tasks.dtype),
         )
         return weights, GradVacState(targets)
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update), key=key)
+    weighting = core.Weighting(init, update)
+    return core.gradient_surgery(weighting, name=name, num_tasks=num_tasks, key=key)

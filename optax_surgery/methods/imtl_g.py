@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optax_surgery import core, linear
 
@@ -21,7 +20,7 @@ def imtl_g_weights(gramian: jax.Array) -> jax.Array:
     return weights / jnp.where(total == 0, 1, total)
 
 
-def imtl_g() -> optax.GradientTransformationExtraArgs:
+def imtl_g() -> core.Surgery:
     r"""IMTL-G: weights the task gradients so that the update projects equally on each.
 
     With the norms in :math:`D`, the cosines :math:`C = D^{-1} G D^{-1}` and
@@ -33,7 +32,7 @@ def imtl_g() -> optax.GradientTransformationExtraArgs:
     The direction does not depend on the lengths of the gradients.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean: weights add up to 1 and may be negative.
 
     Raises:
@@ -60,8 +59,7 @@ def imtl_g() -> optax.GradientTransformationExtraArgs:
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021, Equation 6.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, task_mask  # a masked row is zero: it gets no weight
-        return imtl_g_weights(gramian), state
+    def update(tasks, state):
+        return imtl_g_weights(tasks.gramian), state  # a masked row is zero: it gets no weight
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name="imtl_g")

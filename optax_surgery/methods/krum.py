@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 
 def krum_weights(
@@ -35,28 +34,30 @@ def krum_weights(
     scores = jnp.sum(jnp.where(near, sorted_distances, 0), axis=1)
 
     ranks = jnp.argsort(jnp.argsort(jnp.where(task_mask, scores, jnp.inf)))
-    selected = task_mask & (ranks < num_selected)
+    selected = (task_mask & (ranks < num_selected)).astype(gramian.dtype)
     return selected / jnp.maximum(jnp.sum(selected), 1)
 
 
-def krum(num_byzantine: int, num_selected: int = 1) -> optax.GradientTransformationExtraArgs:
+def krum(num_byzantine: int, num_selected: int = 1) -> core.Surgery:
     r"""Krum: takes the mean of the task gradients that lie closest to most others.
 
     The score of a task is the sum of the squared distances from its gradient to the
     :math:`T - f - 2` nearest ones; the m tasks of least score are averaged. With m = 1 this is
-    Krum, else Multi-Krum. Up to f gradients may be anything, if :math:`T \ge 2 f + 3`.
+    Krum, else Multi-Krum. Up to f gradients may be anything, if :math:`T \ge 2 f + 3`: that is what
+    the paper guarantees, and no condition on the arguments.
 
     Args:
-      num_byzantine: f, number of gradients that may be anything, at least 0.
-      num_selected: m, number of gradients to average, at least 1.
+      num_byzantine: f, number of gradients that may be anything, in [0, T). Up to (T - 3) / 2 of
+        them cannot carry the update off; beyond that there is no guarantee.
+      num_selected: m, number of gradients to average, in [1, T].
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a mean of task gradients.
 
     Raises:
-      ValueError: for a negative `num_byzantine` or a `num_selected` below 1; at trace time, from
-        `update`, if the gradients are not stacked.
+      ValueError: at trace time, from `update`, if the gradients are not stacked, or there are
+        fewer of them than the arguments need; at once, for an argument out of its range.
 
     Note:
       Distances are squared, as in the paper; some code takes them as they are. With
@@ -76,14 +77,9 @@ def krum(num_byzantine: int, num_selected: int = 1) -> optax.GradientTransformat
       Blanchard et al., `Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent
       <https://arxiv.org/abs/1703.02757>`_, NeurIPS 2017, Section 4.
     """
-    if num_byzantine < 0 or num_selected < 1:
-        raise ValueError(
-            f"Expected num_byzantine >= 0 and num_selected >= 1, got {num_byzantine} and "
-            f"{num_selected} at 'krum'. Pass the number of gradients to distrust and to keep."
-        )
+    name = checks.arguments(krum, locals(), num_byzantine="int [0, T)", num_selected="int [1, T]")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        return krum_weights(gramian, num_byzantine, num_selected, task_mask), state
+    def update(tasks, state):
+        return krum_weights(tasks.gramian, num_byzantine, num_selected, tasks.task_mask), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, linear
+from optax_surgery import checks, core, linear
 
 # Scales stay between exp(-60) and exp(60), and their gradients within what Adam can square.
 LARGEST_LOG_SCALE = 60.0
@@ -54,7 +54,7 @@ def impartial_weights(gramian: jax.Array, scales: jax.Array) -> jax.Array:
 
 def uncertainty_weighting(
     num_tasks: int, optimizer: optax.GradientTransformation | None = None
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""Uncertainty weighting: weights each task by the inverse of its learnt variance.
 
     The total loss with a learnt :math:`s_i = \log \sigma_i^2` for each task is
@@ -68,22 +68,24 @@ def uncertainty_weighting(
     They tend to :math:`\log L_i`, where the update is half that of `scale_invariant`.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted sum, at first half the sum of the gradients; weights are above
       zero.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing or the gradients are not
-        those of `num_tasks` tasks.
+        those of `num_tasks` tasks; at once, for an argument out of its range.
 
     Note:
       The paper steps s with the network's own optimiser; the rate here is that of this method
       in the paper of `gradnorm`. For a cross-entropy the paper has :math:`e^{-s} L`: double that
-      loss. s stays within 60 of zero, which is where it ends for a loss of zero or less.
+      loss. s stays within 60 of zero.
+      Losses have to be above zero: the task of one that is not has weight zero in that step,
+      and is counted in the state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -99,14 +101,18 @@ def uncertainty_weighting(
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
       and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018, Section 3.
     """
+    name = checks.arguments(
+        uncertainty_weighting,
+        locals(),
+        num_tasks="int [1, inf)",
+        optimizer=optax.GradientTransformation,
+    )
     return _learnt_scales(
-        "uncertainty_weighting", num_tasks, optimizer, uncertainty_loss, lambda _, weights: weights
+        name, num_tasks, optimizer, uncertainty_loss, lambda tasks, weights: weights
     )
 
 
-def imtl_l(
-    num_tasks: int, optimizer: optax.GradientTransformation | None = None
-) -> optax.GradientTransformationExtraArgs:
+def imtl_l(num_tasks: int, optimizer: optax.GradientTransformation | None = None) -> core.Surgery:
     r"""IMTL-L: weights each task by a learnt scale that makes all losses equal.
 
     The total loss with a learnt :math:`s_i` for each task is
@@ -120,21 +126,22 @@ def imtl_l(
     They tend to :math:`-\log L_i`, where the update is that of `scale_invariant`.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted sum, at first the sum of the gradients; weights are above zero.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing or the gradients are not
-        those of `num_tasks` tasks.
+        those of `num_tasks` tasks; at once, for an argument out of its range.
 
     Note:
       The paper steps s with the network's own optimiser. It balances heads by this, and shared
-      parameters by `imtl`. s stays within 60 of zero, which is where it ends for a loss of zero
-      or less.
+      parameters by `imtl`. s stays within 60 of zero.
+      Losses have to be above zero: the task of one that is not has weight zero in that step,
+      and is counted in the state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -150,14 +157,18 @@ def imtl_l(
       Liu et al., `Towards Impartial Multi-task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021, Section 3.2.
     """
+    name = checks.arguments(
+        imtl_l,
+        locals(),
+        num_tasks="int [1, inf)",
+        optimizer=optax.GradientTransformation,
+    )
     return _learnt_scales(
-        "imtl_l", num_tasks, optimizer, impartial_loss, lambda _, weights: weights
+        name, num_tasks, optimizer, impartial_loss, lambda tasks, weights: weights
     )
 
 
-def imtl(
-    num_tasks: int, optimizer: optax.GradientTransformation | None = None
-) -> optax.GradientTransformationExtraArgs:
+def imtl(num_tasks: int, optimizer: optax.GradientTransformation | None = None) -> core.Surgery:
     r"""IMTL: IMTL-G's equal projections, on the gradients of losses that IMTL-L made equal.
 
     With the scales :math:`e^{s_i}` of `imtl_l`, the scaled gradients
@@ -169,23 +180,24 @@ def imtl(
     `imtl_g`; the scales change the length of the update.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean of the scaled gradients; weights may be negative. The first
       one is that of `imtl_g`.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing or the gradients are not
-        those of `num_tasks` tasks.
+        those of `num_tasks` tasks; at once, for an argument out of its range.
 
     Note:
       In the paper heads have the gradients of the scaled losses: in an `optax.partition`, use
       `imtl_l(num_tasks)` for them, whose scales are the same. The projections are on the
       gradients of the shared features there, and on those of the parameters here. What is said
-      of signs and of dependent gradients in `imtl_g` and of s in `imtl_l` holds here too.
+      of signs and of dependent gradients in `imtl_g`, and of s and of losses in `imtl_l`, holds
+      here too.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -200,28 +212,35 @@ def imtl(
       Liu et al., `Towards Impartial Multi-task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021, Algorithm 1.
     """
-    return _learnt_scales("imtl", num_tasks, optimizer, impartial_loss, impartial_weights)
+    name = checks.arguments(
+        imtl,
+        locals(),
+        num_tasks="int [1, inf)",
+        optimizer=optax.GradientTransformation,
+    )
+
+    def weights_of(tasks, scales):
+        return impartial_weights(tasks.gramian, scales.astype(tasks.dtype))
+
+    return _learnt_scales(name, num_tasks, optimizer, impartial_loss, weights_of)
 
 
 def _learnt_scales(
-    method: str,
+    name: str,
     num_tasks: int,
     optimizer: optax.GradientTransformation | None,
     total_loss: Callable[[jax.Array, jax.Array], jax.Array],
-    weights_of: Callable[[jax.Array, jax.Array], jax.Array],
-) -> optax.GradientTransformationExtraArgs:
+    weights_of: Callable[[core.Tasks, jax.Array], jax.Array],
+) -> core.Surgery:
     """Learns one number per task by the slope of a total loss, which also has the weights."""
-    shape = jax.ShapeDtypeStruct((num_tasks,), jnp.float32)
-    learner = core.unnamed_state(optax.adam(0.025) if optimizer is None else optimizer, shape)
+    learner = core.unnamed_state(optax.adam(0.025) if optimizer is None else optimizer, num_tasks)
 
     def init():
-        log_scales = jnp.zeros(shape.shape, shape.dtype)
+        log_scales = jnp.zeros(num_tasks)
         return LearntScalesState(log_scales, learner.init(log_scales))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key
-        losses = core.needed(method, losses=losses)
-        core.check_num_tasks(method, num_tasks, task_mask.size)
+    def update(tasks, state):
+        losses = tasks.losses.astype(state.log_scales.dtype)
         weights, slopes = jax.grad(total_loss, argnums=(0, 1))(losses, state.log_scales)
         steps, optimizer_state = learner.update(
             jnp.clip(slopes, -LARGEST_SLOPE, LARGEST_SLOPE), state.optimizer_state, state.log_scales
@@ -229,10 +248,12 @@ def _learnt_scales(
         log_scales = jnp.clip(state.log_scales + steps, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
         # What belongs to a masked task stays, also in the optimiser's state.
         new_state = jax.tree.map(
-            lambda new, old: jnp.where(task_mask, new, old) if new.shape else new,
+            lambda new, old: jnp.where(tasks.task_mask, new, old) if new.shape else new,
             LearntScalesState(log_scales, optimizer_state),
             state,
         )
-        return weights_of(gramian, weights), new_state
+        return weights_of(tasks, weights), new_state
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    # A loss of zero or less would take its scale to the bound.
+    weighting = core.Weighting(init, update, usable=lambda tasks: tasks.losses > 0)
+    return core.gradient_surgery(weighting, name=name, num_tasks=num_tasks)

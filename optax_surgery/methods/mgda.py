@@ -4,14 +4,13 @@ import typing
 from typing import Literal
 
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, metrics, solvers
+from optax_surgery import checks, core, metrics, solvers
 
 Normalize = Literal["none", "l2", "loss", "loss+"]
 
 
-def mgda(normalize: Normalize = "none") -> optax.GradientTransformationExtraArgs:
+def mgda(normalize: Normalize = "none") -> core.Surgery:
     r"""MGDA: takes the shortest vector in the convex hull of the task gradients.
 
     .. math:: w = \arg\min_{w \ge 0,\ \sum_i w_i = 1} \|J^\top w\|^2, \qquad d = J^\top w
@@ -21,23 +20,24 @@ def mgda(normalize: Normalize = "none") -> optax.GradientTransformationExtraArgs
     as they are.
 
     Args:
-      normalize: c_i is 1 for "none", the gradient's norm for "l2", the loss for "loss" and the
-        product of both for "loss+". The last two need positive `losses`.
+      normalize: one of "none", where c_i is 1, "l2", the gradient's norm, "loss", the loss, and
+        "loss+", the product of both. The last two need positive `losses`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean, in the mode "none" no longer than the shortest gradient. Its
       state is a `SolverReport`.
 
     Raises:
-      ValueError: for an unknown `normalize`; at trace time, from `update`, if the gradients are
-        not stacked, or if `losses` are needed and missing.
+      ValueError: at trace time, from `update`, if the gradients are not stacked, or if `losses` are
+        needed and missing; at once, for an argument out of its range.
 
     Note:
       The authors iterate Frank-Wolfe steps; this solves the problem to the precision of the
       dtype. As in their code, normalisation chooses the weights and does not scale the gradients;
-      where a gradient or loss is zero, its c_i is 1. With normalisation the update may
-      conflict.
+      where a gradient is zero, its c_i is 1. With normalisation the update may conflict. Where
+      losses are needed, a task whose loss is not above zero has weight zero in that step, and is
+      counted in the state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -54,22 +54,20 @@ def mgda(normalize: Normalize = "none") -> optax.GradientTransformationExtraArgs
       as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018,
       Algorithm 2.
     """
-    if normalize not in typing.get_args(Normalize):
-        raise ValueError(
-            f"Expected one of {typing.get_args(Normalize)}, got {normalize!r} at 'normalize'. "
-            "Do take 'none' for the plain method."
-        )
+    name = checks.arguments(mgda, locals(), normalize=typing.get_args(Normalize))
+    by_losses = normalize in ("loss", "loss+")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, state
-        scales = jnp.ones_like(jnp.diagonal(gramian))
+    def update(tasks, state):
+        scales = jnp.ones(tasks.num_tasks, tasks.dtype)
         if normalize in ("l2", "loss+"):
-            scales = metrics.task_norms(gramian)
-        if normalize in ("loss", "loss+"):
-            scales = scales * core.needed(f"mgda('{normalize}')", losses=losses)
+            scales = metrics.task_norms(tasks.gramian)
+        if by_losses:
+            scales = scales * tasks.losses
         scales = jnp.where(scales == 0, 1, scales)
-        normalized = gramian / scales[:, None] / scales[None, :]
-        solution = solvers.min_norm_point(normalized, task_mask)
+        normalized = tasks.gramian / scales[:, None] / scales[None, :]
+        solution = solvers.min_norm_point(normalized, tasks.task_mask)
         return solution.weights, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    usable = (lambda tasks: tasks.losses > 0) if by_losses else None
+    weighting = core.Weighting(solvers.initial_report, update, usable)
+    return core.gradient_surgery(weighting, name=name)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, simplex, trees
+from optax_surgery import checks, core, simplex, trees
 
 
 class MoCoState(NamedTuple):
@@ -27,7 +27,7 @@ def moco_weights(
     weights: jax.Array,
     task_mask: jax.Array,
     learning_rate: jax.Array | float,
-    regularization: float,
+    regularization: jax.Array | float,
 ) -> jax.Array:
     """One projected gradient step of the weights towards the min-norm point.
 
@@ -61,7 +61,7 @@ def moco(
     *,
     tracking_power: float = 0.5,
     learning_rate_power: float = 0.5,
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""MoCo: averages the task gradients, and weights the averages by a slow min-norm solver.
 
     .. math::
@@ -75,21 +75,21 @@ def moco(
     take the bias out of the min-norm point that the noise of a mini-batch has.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       tracking_rate: beta in the paper, in (0, 1].
       learning_rate: gamma in the paper, above 0, in the unit of one over a squared gradient.
       regularization: rho in the paper, at least 0.
-      tracking_power: how fast beta falls with the step, 0 for a constant.
-      learning_rate_power: how fast gamma falls with the step, 0 for a constant.
+      tracking_power: how fast beta falls with the step, at least 0; 0 for a constant.
+      learning_rate_power: how fast gamma falls with the step, at least 0; 0 for a constant.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean over tasks of the averages, which are small at first. Its
       state holds one number per coordinate and task.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks, or a Gramian is given.
+        tasks, or a Gramian is given; at once, for an argument out of its range.
 
     Note:
       As in the paper, gradients are taken as they are: how fast the weights move depends on their
@@ -113,25 +113,40 @@ def moco(
       Convergent Approach <https://arxiv.org/abs/2210.12624>`_, ICLR 2023, Algorithm 1.
     """
 
-    def init(params):
-        averages = trees.zeros_per_task(params, num_tasks)
-        return MoCoState(averages, jnp.ones(num_tasks, jnp.float32))
+    name = checks.arguments(
+        moco,
+        locals(),
+        num_tasks="int [1, inf)",
+        tracking_rate="(0, 1]",
+        learning_rate="(0, inf)",
+        regularization="[0, inf)",
+        tracking_power="[0, inf)",
+        learning_rate_power="[0, inf)",
+    )
 
-    def update(task_updates, state, *, key, step, losses, task_mask):
-        del key, losses
-        rates = jnp.where(task_mask, tracking_rate / (step + 1.0) ** tracking_power, 0)
+    def init(params):
+        return MoCoState(trees.zeros_per_task(params, num_tasks), jnp.ones(num_tasks))
+
+    def update(tasks, task_updates, state):
+        task_mask, dtype = tasks.task_mask, tasks.dtype
+
+        def falling(rate, power):
+            fall = (tasks.step + 1).astype(dtype) ** jnp.asarray(power, dtype)
+            return jnp.asarray(rate, dtype) / fall
+
+        rates = jnp.where(task_mask, falling(tracking_rate, tracking_power), 0)
         averages = trees.move_tasks(rates, state.averages, task_updates)
         present = trees.mask_tasks(task_mask, averages)
         gramian, scale = trees.gramian_and_scale(present)
         weights = moco_weights(
             gramian,
             scale,
-            simplex.shares(state.relative_weights.astype(gramian.dtype), task_mask),
+            simplex.shares(state.relative_weights.astype(dtype), task_mask),
             task_mask,
-            learning_rate / (step + 1.0) ** learning_rate_power,
-            regularization,
+            falling(learning_rate, learning_rate_power),
+            jnp.asarray(regularization, dtype),
         )
         relative_weights = simplex.redistribute(state.relative_weights, weights, task_mask)
         return trees.combine(weights, present), MoCoState(averages, relative_weights)
 
-    return core.stacked_surgery("moco", init, update, num_tasks=num_tasks)
+    return core.stacked_surgery(core.StackedRule(init, update), name=name, num_tasks=num_tasks)

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, simplex
+from optax_surgery import checks, core, simplex
 
 
 class MoDoState(NamedTuple):
@@ -23,8 +22,8 @@ def modo_weights(
     gramian: jax.Array,
     weights: jax.Array,
     task_mask: jax.Array,
-    learning_rate: float,
-    regularization: float,
+    learning_rate: jax.Array | float,
+    regularization: jax.Array | float,
 ) -> jax.Array:
     """One projected gradient step of the weights.
 
@@ -43,9 +42,7 @@ def modo_weights(
     return simplex.project(weights - learning_rate * gradient, task_mask)
 
 
-def modo(
-    num_tasks: int, learning_rate: float = 0.1, regularization: float = 0.1
-) -> optax.GradientTransformationExtraArgs:
+def modo(num_tasks: int, learning_rate: float = 0.1, regularization: float = 0.1) -> core.Surgery:
     r"""MoDo: weights the task gradients by a slow min-norm solver on two independent batches.
 
     With the gradients :math:`J_1` and :math:`J_2` of two batches in their rows,
@@ -62,17 +59,17 @@ def modo(
     the mean of the two, as in the paper, or those of a third batch.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       learning_rate: gamma in the paper, above 0, in the unit of one over a squared gradient.
       regularization: rho in the paper, at least 0.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean over tasks. It needs the extra argument `gramian`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks, or the Gramian is missing.
+        tasks, or the Gramian is missing or of one batch; at once, for an argument out of its range.
 
     Note:
       How fast the weights move depends on the scale of the gradients. The authors' code updates by
@@ -96,22 +93,26 @@ def modo(
       Generalization and Conflict-Avoidance <https://arxiv.org/abs/2305.20057>`_, NeurIPS 2023
       and JMLR 2024, Algorithm 1.
     """
+    name = checks.arguments(
+        modo,
+        locals(),
+        num_tasks="int [1, inf)",
+        learning_rate="(0, inf)",
+        regularization="[0, inf)",
+    )
 
     def init():
-        return MoDoState(jnp.ones(num_tasks, jnp.float32))
+        return MoDoState(jnp.ones(num_tasks))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        core.check_num_tasks("modo", num_tasks, task_mask.size)
+    def update(tasks, state):
         weights = modo_weights(
-            gramian,
-            simplex.shares(state.relative_weights.astype(gramian.dtype), task_mask),
-            task_mask,
-            learning_rate,
-            regularization,
+            tasks.given_gramian,
+            simplex.shares(state.relative_weights.astype(tasks.dtype), tasks.task_mask),
+            tasks.task_mask,
+            jnp.asarray(learning_rate, tasks.dtype),
+            jnp.asarray(regularization, tasks.dtype),
         )
-        relative_weights = simplex.redistribute(state.relative_weights, weights, task_mask)
+        relative_weights = simplex.redistribute(state.relative_weights, weights, tasks.task_mask)
         return weights, MoDoState(relative_weights)
 
-    weighting = core.Weighting(init=init, update=update)
-    return core.with_gramian("modo", core.gradient_surgery(weighting))
+    return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import core, linear, trees
+from optax_surgery import checks, core, linear, trees
 
 
 class MomentumConflictFreeState(NamedTuple):
@@ -36,7 +36,7 @@ def momentum_conflict_free_weights(gramian: jax.Array) -> jax.Array:
 
 def momentum_conflict_free(
     num_tasks: int, decay: float = 0.9, *, alternating: bool = False
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""M-ConFIG: the gradient whose momentum has equal cosines to the momenta of all tasks.
 
     With ConFIG's operator :math:`\mathcal G` (see `conflict_free`),
@@ -56,20 +56,20 @@ def momentum_conflict_free(
     `alternating=True` and a `task_mask` with True at the tasks whose gradient is new.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       decay: beta_1 in the paper, in [0, 1). Adam's `b1` has to be the same.
       alternating: whether masked tasks take part with the momentum that they have. By
         default they do not, as with every other surgery.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of a sum, as ConFIG's, which is the first one. With `alternating`
       it is zero until each task has had a gradient. Its state holds one number per coordinate
       and task, and one more per coordinate.
 
     Raises:
-      ValueError: for a `decay` outside of [0, 1); at trace time, from `update`, if the gradients
-        are not those of `num_tasks` tasks, or a Gramian is given.
+      ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
+        tasks, or a Gramian is given; at once, for an argument out of its range.
 
     Note:
       The authors' class contains Adam's second moment; here that is Adam's, as the first moment
@@ -91,11 +91,13 @@ def momentum_conflict_free(
       Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
       <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, Algorithm 1.
     """
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(
-            f"Expected a decay in [0, 1), got {decay} at 'decay'. It is the share that a momentum "
-            "keeps in a step: take 0.9, as Adam."
-        )
+    name = checks.arguments(
+        momentum_conflict_free,
+        locals(),
+        num_tasks="int [1, inf)",
+        decay="[0, 1)",
+        alternating=bool,
+    )
 
     def init(params):
         pseudo_momentum = jax.tree.map(
@@ -107,25 +109,28 @@ def momentum_conflict_free(
             pseudo_momentum=pseudo_momentum,
         )
 
-    def update(task_updates, state, *, key, step, losses, task_mask):
-        del key, losses
-        num_gradients = state.num_gradients + task_mask
+    def update(tasks, task_updates, state):
+        task_mask, dtype = tasks.task_mask, tasks.dtype
+        kept = jnp.asarray(decay, dtype)
+        num_gradients = state.num_gradients + task_mask.astype(jnp.int32)
         # A momentum with its bias corrected is an average whose rate falls from 1.
-        complete = 1 - decay ** jnp.maximum(num_gradients, 1).astype(float)
-        rates = jnp.where(task_mask, (1 - decay) / complete, 0)
+        complete = 1 - kept ** jnp.maximum(num_gradients, 1).astype(dtype)
+        rates = jnp.where(task_mask, (1 - kept) / complete, 0)
         momenta = trees.move_tasks(rates, state.momenta, task_updates)
 
         present = momenta if alternating else trees.mask_tasks(task_mask, momenta)
         weights = momentum_conflict_free_weights(trees.gramian_in_range(present))
         if alternating:
             weights = jnp.where(jnp.all(num_gradients > 0), weights, 0)
-        share = 1 - decay ** (step + 1.0)
-        pseudo_momentum = jax.tree.map(lambda leaf: leaf * share, trees.combine(weights, present))
+        share = 1 - kept ** (tasks.step + 1).astype(dtype)
+        pseudo_momentum = jax.tree.map(
+            lambda leaf: leaf * share.astype(leaf.dtype), trees.combine(weights, present)
+        )
         updates = jax.tree.map(
-            lambda new, old: (new - decay * old) / (1 - decay),
+            lambda new, old: (new - kept.astype(new.dtype) * old) / (1 - kept).astype(new.dtype),
             pseudo_momentum,
             state.pseudo_momentum,
         )
         return updates, MomentumConflictFreeState(momenta, num_gradients, pseudo_momentum)
 
-    return core.stacked_surgery("momentum_conflict_free", init, update, num_tasks=num_tasks)
+    return core.stacked_surgery(core.StackedRule(init, update), name=name, num_tasks=num_tasks)

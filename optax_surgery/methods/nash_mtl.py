@@ -1,11 +1,9 @@
 """Nash-MTL: the update on which the tasks agree in a bargaining game."""
 
-import optax
-
 from optax_surgery import core, solvers
 
 
-def nash_mtl() -> optax.GradientTransformationExtraArgs:
+def nash_mtl() -> core.Surgery:
     r"""Nash-MTL: weights the task gradients so that their relative gains are balanced.
 
     The solution of Nash's bargaining game is :math:`d = J^\top w` with
@@ -16,7 +14,7 @@ def nash_mtl() -> optax.GradientTransformationExtraArgs:
     update does not depend on the scale of any loss and conflicts with no task.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update always has norm sqrt(T), however small the gradients are. Its state is a
       `SolverReport`.
 
@@ -46,9 +44,8 @@ def nash_mtl() -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/2202.01017>`_, ICML 2022, Claim 3.1 and Algorithm 1.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        solution = solvers.fair_weights(gramian, 1.0, task_mask)
+    def update(tasks, state):
+        solution = solvers.fair_weights(tasks.gramian, 1.0, tasks.task_mask)
         return solution.weights, solution.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    return core.gradient_surgery(core.Weighting(solvers.initial_report, update), name="nash_mtl")

@@ -1,12 +1,11 @@
 """NTKMTL: weights that even out the speeds at which tasks learn."""
 
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core
+from optax_surgery import checks, core
 
 
-def ntkmtl(exponent: float = 0.5) -> optax.GradientTransformationExtraArgs:
+def ntkmtl(exponent: float = 0.5) -> core.Surgery:
     r"""NTKMTL: weights each task by the inverse of its speed in the neural tangent kernel.
 
     With one loss per task, the kernel of task i is :math:`\|g_i\|^2`, and
@@ -16,14 +15,15 @@ def ntkmtl(exponent: float = 0.5) -> optax.GradientTransformationExtraArgs:
     With p = 1/2 all weighted gradients are equally long.
 
     Args:
-      exponent: p, above zero; 0.5 in the paper.
+      exponent: p, above 0; 0.5 in the paper.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       A sum of T gradients, with p = 1/2 each as long as the norm of the whole stack.
 
     Raises:
-      ValueError: at trace time, from `update`, if the gradients are not stacked.
+      ValueError: at trace time, from `update`, if the gradients are not stacked; at once, for an
+        argument out of its range.
 
     Note:
       The authors multiply by T and clip the update to norm 1, which
@@ -44,12 +44,12 @@ def ntkmtl(exponent: float = 0.5) -> optax.GradientTransformationExtraArgs:
       Qin et al., `NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent
       Kernel Perspective <https://arxiv.org/abs/2510.18258>`_, NeurIPS 2025.
     """
+    name = checks.arguments(ntkmtl, locals(), exponent="(0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, task_mask  # a masked row is zero: it gets no weight
-        squared_norms = jnp.diagonal(gramian)
-        present = squared_norms > 0
+    def update(tasks, state):
+        squared_norms = jnp.diagonal(tasks.gramian)
+        present = squared_norms > 0  # a masked row is zero: it gets no weight
         ratios = jnp.sum(squared_norms) / jnp.where(present, squared_norms, 1)
-        return jnp.where(present, ratios**exponent, 0), state
+        return jnp.where(present, ratios ** jnp.asarray(exponent, tasks.dtype), 0), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)

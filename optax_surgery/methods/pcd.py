@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, solvers
+from optax_surgery import checks, core, solvers
 
 
 class PCDState(NamedTuple):
@@ -27,7 +26,7 @@ def pcd_weights(
     gramian: jax.Array,
     inverse_scales: jax.Array,
     primary: int,
-    margin: float,
+    margin: jax.Array | float,
     task_mask: jax.Array,
 ) -> tuple[jax.Array, solvers.Solution]:
     """PCD's weights.
@@ -43,13 +42,14 @@ def pcd_weights(
       (T,) weights of the gradients as they are, and the solution that they come from.
     """
     scaled = gramian * inverse_scales[:, None] * inverse_scales[None, :]
-    others = task_mask & (jnp.arange(task_mask.size) != primary)
+    is_primary = jnp.arange(task_mask.size) == primary
+    others = task_mask & ~is_primary
     # The step e from the primary gradient p is the shortest with
     # g_j . (p + e) >= margin |g_j|^2 for all others.
     slope = scaled[:, primary] - margin * jnp.diagonal(scaled)
     solution = solvers.nonnegative_quadratic(scaled, slope, others)
     feasible = jnp.where(solution.converged, solution.weights, 0)
-    weights = feasible + (jnp.arange(task_mask.size) == primary)
+    weights = feasible + is_primary.astype(feasible.dtype)
     squared_length = weights @ jnp.matmul(scaled, weights, precision=jax.lax.Precision.HIGHEST)
     squared_norm = gramian[primary, primary]
     # Opposite gradients may leave nothing but rounding errors.
@@ -65,7 +65,7 @@ def pcd(
     margin: float = 0.02,
     decay: float = 0.999,
     epsilon: float = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""PCD: turns the primary task's gradient until every other task makes some progress.
 
     With :math:`\tilde g_i = g_i / \sqrt{\hat v_i + \epsilon}`, where :math:`\hat v_i` is the
@@ -78,20 +78,20 @@ def pcd(
     and the update is :math:`\tilde d` with the length of :math:`g_1`.
 
     Args:
-      primary: index of the primary task.
-      num_tasks: number of tasks T.
+      primary: index of the primary task, in [0, num_tasks).
+      num_tasks: number of tasks T, at least 1.
       margin: tau in the paper, in [0, 1].
       decay: beta in the paper, in [0, 1).
-      epsilon: epsilon, at least 0, in the unit of a squared gradient.
+      epsilon: epsilon in the paper, at least 0, in the unit of a squared gradient.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is as long as the primary task's gradient. The state holds the averages and a
       `SolverReport`.
 
     Raises:
-      ValueError: for a `primary` that is not in [0, T); at trace time, from `update`, if the
-        gradients are not those of `num_tasks` tasks.
+      ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
+        tasks; at once, for an argument out of its range.
 
     Note:
       Where no direction meets the constraints the update is the primary gradient, as in the
@@ -112,31 +112,40 @@ def pcd(
       Priority-constrained descent, `arXiv 2606.29521 <https://arxiv.org/abs/2606.29521>`_, TMLR
       2026; as in TorchJD 0.18.
     """
-    if not 0 <= primary < num_tasks:
-        raise ValueError(
-            f"Expected the index of one of {num_tasks} tasks, got {primary} at 'primary'. "
-            "Count the tasks from 0, in the order of the stacked gradients."
-        )
+    name = checks.arguments(
+        pcd,
+        locals(),
+        primary="int [0, num_tasks)",
+        num_tasks="int [1, inf)",
+        margin="[0, 1]",
+        decay="[0, 1)",
+        epsilon="[0, inf)",
+    )
 
     def init():
         return PCDState(
-            mean_squares=jnp.zeros(num_tasks, jnp.float32),
+            mean_squares=jnp.zeros(num_tasks),
             num_seen=jnp.zeros(num_tasks, jnp.int32),
             report=solvers.initial_report(),
         )
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        core.check_num_tasks("pcd", num_tasks, task_mask.size)
-        mean_squares = decay * state.mean_squares + (1 - decay) * jnp.diagonal(gramian)
-        mean_squares = jnp.where(task_mask, mean_squares, state.mean_squares)
-        num_seen = state.num_seen + task_mask
-        unbiased = mean_squares / jnp.where(num_seen > 0, 1 - decay**num_seen, 1)
-        scales = jnp.sqrt(unbiased + epsilon)
+    def update(tasks, state):
+        dtype = state.mean_squares.dtype
+        rate, floor = jnp.asarray(decay, dtype), jnp.asarray(epsilon, dtype)
+        squared_norms = jnp.diagonal(tasks.gramian).astype(dtype)
+        mean_squares = rate * state.mean_squares + (1 - rate) * squared_norms
+        mean_squares = jnp.where(tasks.task_mask, mean_squares, state.mean_squares)
+        num_seen = state.num_seen + tasks.task_mask.astype(state.num_seen.dtype)
+        unbiased = mean_squares / jnp.where(num_seen > 0, 1 - rate ** num_seen.astype(dtype), 1)
+        scales = jnp.sqrt(unbiased + floor)
         inverse_scales = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1), 0)
         weights, solution = pcd_weights(
-            gramian, inverse_scales.astype(gramian.dtype), primary, margin, task_mask
+            tasks.gramian,
+            inverse_scales.astype(tasks.dtype),
+            primary,
+            jnp.asarray(margin, tasks.dtype),
+            tasks.task_mask,
         )
         return weights, PCDState(mean_squares, num_seen, solution.report())
 
-    return core.gradient_surgery(core.Weighting(init=init, update=update))
+    return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from optax_surgery import core
@@ -40,7 +39,7 @@ def pcgrad_weights(gramian: jax.Array, orders: jax.Array) -> jax.Array:
     return jnp.sum(rows[:, num_tasks:], axis=0)
 
 
-def pcgrad(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs:
+def pcgrad(*, key: jax.Array | int = 0) -> core.Surgery:
     r"""PCGrad: projects each task gradient on the normal plane of those it conflicts with.
 
     For every task i, beginning with :math:`g_i^{PC} = g_i`, and for every other task j in
@@ -59,7 +58,7 @@ def pcgrad(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs
       key: seed or PRNG key of the random orders.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum over tasks: without conflicts, T times the mean gradient.
 
     Raises:
@@ -85,8 +84,8 @@ def pcgrad(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, Algorithm 1.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del losses, task_mask  # a masked row is zero: it conflicts with none
-        return pcgrad_weights(gramian, core.random_orders(key, gramian.shape[0])), state
+    def update(tasks, state):
+        orders = core.random_orders(tasks.key, tasks.num_tasks)
+        return pcgrad_weights(tasks.gramian, orders), state  # a masked row conflicts with none
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update), key=key)
+    return core.gradient_surgery(core.Weighting(tuple, update), name="pcgrad", key=key)

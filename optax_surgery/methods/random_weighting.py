@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optax_surgery import core
 
 
-def random_weighting(*, key: jax.Array | int = 0) -> optax.GradientTransformationExtraArgs:
+def random_weighting(*, key: jax.Array | int = 0) -> core.Surgery:
     r"""Random loss weighting (RLW): weights each task gradient at random.
 
     In every step, with independent standard normal :math:`z_i`,
@@ -21,7 +20,7 @@ def random_weighting(*, key: jax.Array | int = 0) -> optax.GradientTransformatio
       key: seed or PRNG key of the draws.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean: weights are above zero and add up to 1.
 
     Raises:
@@ -44,11 +43,11 @@ def random_weighting(*, key: jax.Array | int = 0) -> optax.GradientTransformatio
       Learning <https://arxiv.org/abs/2111.10603>`_, TMLR 2022.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, losses
-        draws = jax.random.normal(key, task_mask.shape, jnp.float32)
+    def update(tasks, state):
+        task_mask = tasks.task_mask
+        draws = jax.random.normal(tasks.key, task_mask.shape, jnp.float32).astype(tasks.dtype)
         # The k-th of the tasks that take part has the k-th draw, as if they were alone.
         draws = draws[jnp.maximum(jnp.cumsum(task_mask) - 1, 0)]
         return jax.nn.softmax(jnp.where(task_mask, draws, jnp.finfo(draws.dtype).min)), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update), key=key)
+    return core.gradient_surgery(core.Weighting(tuple, update), name="random_weighting", key=key)

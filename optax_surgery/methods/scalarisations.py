@@ -2,17 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, trees
+from optax_surgery import checks, core
 
-# Logarithms and inverses take losses of less than this, negative ones too, for this.
+# Logarithms and inverses take losses of less than this for this: their weights stay in range.
 LEAST_LOSS = 1e-20
 # The derivative of a geometric mean can be beyond float32.
 LARGEST_WEIGHT = 1e30
 
 
-def gls() -> optax.GradientTransformationExtraArgs:
+def gls() -> core.Surgery:
     r"""Geometric loss strategy (GLS): the gradient of the geometric mean of the losses.
 
     .. math::
@@ -22,7 +21,7 @@ def gls() -> optax.GradientTransformationExtraArgs:
     Each loss may be scaled by a constant: the direction stays as it was.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       Weights are above zero; for equal losses the update is the mean gradient.
 
     Raises:
@@ -30,9 +29,9 @@ def gls() -> optax.GradientTransformationExtraArgs:
         not stacked.
 
     Note:
-      Losses have to be above zero; those below 1e-20, negative ones too, count as 1e-20, and no
-      weight is above 1e30. The mean is taken of logarithms: a product of many losses would
-      overflow.
+      Losses have to be above zero: the task of one that is not has weight zero in that step,
+      and is counted in the state. Losses below 1e-20 count as 1e-20, and no weight is above
+      1e30. The mean is taken of logarithms: a product of many losses would overflow.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -48,17 +47,17 @@ def gls() -> optax.GradientTransformationExtraArgs:
       Strategy for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_, CVPR Workshops 2019.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        logs = jnp.log(jnp.maximum(core.needed("gls", losses=losses), LEAST_LOSS))
-        shares = core.task_preference(None, task_mask).astype(logs.dtype)
+    def update(tasks, state):
+        logs = jnp.log(jnp.maximum(tasks.losses, LEAST_LOSS))
+        shares = tasks.preference(None)
         weights = shares * jnp.exp(jnp.sum(shares * logs) - logs)
         return jnp.minimum(weights, LARGEST_WEIGHT), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    weighting = core.Weighting(tuple, update, usable=_above_zero)
+    return core.gradient_surgery(weighting, name="gls")
 
 
-def scale_invariant() -> optax.GradientTransformationExtraArgs:
+def scale_invariant() -> core.Surgery:
     r"""Scale-invariant weighting: the sum of the gradients of the logarithms of the losses.
 
     .. math:: \nabla \sum_i \log L_i = \sum_i w_i g_i, \qquad w_i = 1 / L_i
@@ -66,7 +65,7 @@ def scale_invariant() -> optax.GradientTransformationExtraArgs:
     Each loss may be scaled by a constant: the update stays as it was.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a sum of relative gradients; weights are above zero.
 
     Raises:
@@ -74,7 +73,8 @@ def scale_invariant() -> optax.GradientTransformationExtraArgs:
         not stacked.
 
     Note:
-      Losses have to be above zero; those below 1e-20, negative ones too, count as 1e-20.
+      Losses have to be above zero: the task of one that is not has weight zero in that step,
+      and is counted in the state. Losses below 1e-20 count as 1e-20.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -90,21 +90,20 @@ def scale_invariant() -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/2202.01017>`_, ICML 2022.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key, task_mask
-        losses = core.needed("scale_invariant", losses=losses)
-        return 1 / jnp.maximum(losses, LEAST_LOSS), state
+    def update(tasks, state):
+        return 1 / jnp.maximum(tasks.losses, LEAST_LOSS), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    weighting = core.Weighting(tuple, update, usable=_above_zero)
+    return core.gradient_surgery(weighting, name="scale_invariant")
 
 
 def stch(
     smoothing: float = 1.0,
-    preference: jax.Array | None = None,
-    reference: jax.Array | None = None,
+    preference: core.PerTask | None = None,
+    reference: core.PerTask | None = None,
     *,
     log_losses: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""Smooth Tchebycheff scalarisation (STCH): the gradient of a smooth maximum of the losses.
 
     With :math:`f_i = L_i`, or :math:`\log L_i` if asked for,
@@ -115,28 +114,31 @@ def stch(
         \mathrm{softmax} \Big( \frac{\lambda (f - z^*)}{\mu} \Big)_i.
 
     Args:
-      smoothing: mu in the paper, above zero. Towards zero the worst task has all the weight.
-      preference: (T,) lambda in the paper, not negative; 1/T each by default (over the tasks
-        that are not masked).
-      reference: (T,) z* in the paper, the ideal point that f is measured from; 0 by default.
-      log_losses: whether f is the logarithm of the losses. Those below 1e-20, negative ones
-        too, then count as 1e-20.
+      smoothing: mu in the paper, above 0. Towards 0 the worst task has all the weight.
+      preference: lambda in the paper, (T,) or a tree of numbers, each at least 0; 1/T each by
+        default (over the tasks that are not masked).
+      reference: z* in the paper, the ideal point that f is measured from, (T,) or a tree of any
+        numbers; 0 by default.
+      log_losses: whether f is the logarithm of the losses, which then have to be above zero.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean of the gradients of :math:`\lambda_i f_i`; weights are not
       negative.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing, the gradients are not
-        stacked, or `preference` or `reference` has not one entry per task.
+        stacked, or `preference` or `reference` has not one entry per task; at once, for an argument
+        out of its range.
 
     Note:
       The paper has f = L and an ideal point. The authors' code for networks has log losses,
       lambda = 1 and another reference: four epochs train with `scale_invariant()`, the mean
       losses of the next one are the nadir, and from there on the update is T times that of
       `stch(1.0, jnp.ones(T), jnp.log(nadir), log_losses=True)`. Neither has a state, so one
-      may take the place of the other in a chain.
+      may take the place of the other in a chain. With log losses, the task of a loss that is not
+      above zero has weight zero in that step, and is counted in the state; losses below 1e-20
+      count as 1e-20.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -152,30 +154,37 @@ def stch(
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = core.needed("stch", losses=losses)
+    name = checks.arguments(
+        stch,
+        locals(),
+        smoothing="(0, inf)",
+        preference="per task [0, inf)",
+        reference="per task (-inf, inf)",
+        log_losses=bool,
+    )
+
+    def update(tasks, state):
+        losses, task_mask = tasks.losses, tasks.task_mask
         slopes = jnp.ones_like(losses)
         if log_losses:
             losses = jnp.maximum(losses, LEAST_LOSS)
             losses, slopes = jnp.log(losses), 1 / losses
         if reference is not None:
-            losses = losses - trees.check_shape("reference", reference, task_mask.shape)
-        chosen = core.task_preference(preference, task_mask).astype(losses.dtype)
+            losses = losses - tasks.read("reference", reference)
+        chosen = tasks.preference(preference)
         distances = jnp.where(task_mask, chosen * losses, jnp.finfo(losses.dtype).min)
         # Differences first: the quotients might overflow. A compiler may fuse the product above
         # with the difference, unrounded: that of the worst task need not be zero then.
         worst = jnp.max(distances)
-        logits = jnp.minimum((distances - worst) / smoothing, 0)
+        logits = jnp.minimum((distances - worst) / jnp.asarray(smoothing, tasks.dtype), 0)
         shares = jax.nn.softmax(jnp.where(distances < worst, logits, 0))
         return slopes * chosen * shares, state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    weighting = core.Weighting(tuple, update, usable=_above_zero if log_losses else None)
+    return core.gradient_surgery(weighting, name=name)
 
 
-def cosmos(
-    penalty: float, preference: jax.Array | None = None
-) -> optax.GradientTransformationExtraArgs:
+def cosmos(penalty: float, preference: core.PerTask | None = None) -> core.Surgery:
     r"""COSMOS: weights that pull the vector of losses towards a ray of preference.
 
     .. math::
@@ -185,17 +194,18 @@ def cosmos(
     with the unit vectors :math:`\hat r` and :math:`\hat L`.
 
     Args:
-      penalty: lambda in the paper, not negative, which has 0.01 to 8 for different data.
-      preference: (T,) r in the paper, not negative and not all zero; 1/T each by default (over
-        the tasks that are not masked).
+      penalty: lambda in the paper, at least 0; 0.01 to 8 there for different data.
+      preference: r in the paper, (T,) or a tree of numbers, each at least 0 and not all 0; 1/T
+        each by default (over the tasks that are not masked).
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted sum, where weights may be negative.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing, the gradients are not
-        stacked, or `preference` has not one entry per task.
+        stacked, or `preference` has not one entry per task; at once, for an argument out of its
+        range.
 
     Note:
       This is the paper's loss. Its network also takes the preference as an input, drawn anew in
@@ -216,24 +226,25 @@ def cosmos(
       <https://arxiv.org/abs/2103.13392>`_, ICDM 2021.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = jnp.where(task_mask, core.needed("cosmos", losses=losses), 0)
-        chosen = core.task_preference(preference, task_mask).astype(losses.dtype)
+    name = checks.arguments(cosmos, locals(), penalty="[0, inf)", preference="per task [0, inf)")
+
+    def update(tasks, state):
+        chosen = tasks.preference(preference)
         ray, _ = _direction(chosen)
-        direction, length = _direction(losses)
+        direction, length = _direction(jnp.where(tasks.task_mask, tasks.losses, 0))
         bend = ray - jnp.sum(ray * direction) * direction
         bend = jnp.where(length > 0, bend, 0)  # the cosine has no slope at zero losses
-        return chosen - penalty * bend / jnp.maximum(length, LEAST_LOSS), state
+        pull = jnp.asarray(penalty, bend.dtype) * bend / jnp.maximum(length, LEAST_LOSS)
+        return chosen - pull, state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)
 
 
 def pbi(
     penalty: float = 5.0,
-    preference: jax.Array | None = None,
-    reference: jax.Array | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    preference: core.PerTask | None = None,
+    reference: core.PerTask | None = None,
+) -> core.Surgery:
     r"""Penalty-based boundary intersection (PBI): along a ray of preference, and not far from it.
 
     With :math:`f = L - z^*` and the unit vector :math:`\hat \lambda`,
@@ -244,19 +255,20 @@ def pbi(
       w = \hat\lambda + \theta\, \frac{f - d_1 \hat\lambda}{d_2}.
 
     Args:
-      penalty: theta in the paper, not negative; 5 in its experiments.
-      preference: (T,) lambda in the paper, not negative and not all zero; 1/T each by default
-        (over the tasks that are not masked).
-      reference: (T,) z* in the paper, the ideal point that losses are measured from; 0 by
-        default.
+      penalty: theta in the paper, at least 0; 5 in its experiments.
+      preference: lambda in the paper, (T,) or a tree of numbers, each at least 0 and not all 0;
+        1/T each by default (over the tasks that are not masked).
+      reference: z* in the paper, the ideal point that losses are measured from, (T,) or a tree of
+        any numbers; 0 by default.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The weights have norm sqrt(1 + theta^2), or 1 on the ray; they may be negative.
 
     Raises:
       ValueError: at trace time, from `update`, if `losses` are missing, the gradients are not
-        stacked, or `preference` or `reference` has not one entry per task.
+        stacked, or `preference` or `reference` has not one entry per task; at once, for an argument
+        out of its range.
 
     Note:
       On the ray d_2 has no gradient, and we take zero: where d_2 is but rounding error, below
@@ -277,18 +289,30 @@ def pbi(
       Computation 2007.
     """
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del gramian, key
-        losses = core.needed("pbi", losses=losses)
+    name = checks.arguments(
+        pbi,
+        locals(),
+        penalty="[0, inf)",
+        preference="per task [0, inf)",
+        reference="per task (-inf, inf)",
+    )
+
+    def update(tasks, state):
+        losses = tasks.losses
         if reference is not None:
-            losses = losses - trees.check_shape("reference", reference, task_mask.shape)
-        ray, _ = _direction(core.task_preference(preference, task_mask).astype(losses.dtype))
-        direction, _ = _direction(jnp.where(task_mask, losses, 0))
+            losses = losses - tasks.read("reference", reference)
+        ray, _ = _direction(tasks.preference(preference))
+        direction, _ = _direction(jnp.where(tasks.task_mask, losses, 0))
         aside, distance = _direction(direction - jnp.sum(ray * direction) * ray)
         off_the_ray = distance > 4 * losses.size * jnp.finfo(losses.dtype).eps
-        return ray + penalty * jnp.where(off_the_ray, aside, 0), state
+        return ray + jnp.asarray(penalty, ray.dtype) * jnp.where(off_the_ray, aside, 0), state
 
-    return core.gradient_surgery(core.Weighting(init=tuple, update=update))
+    return core.gradient_surgery(core.Weighting(tuple, update), name=name)
+
+
+def _above_zero(tasks: core.Tasks) -> jax.Array:
+    """The tasks whose losses have a logarithm and an inverse."""
+    return tasks.losses > 0
 
 
 def _direction(vector: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
-from optax_surgery import core, simplex
+from optax_surgery import checks, core, simplex
 
 
 class SDMGradState(NamedTuple):
@@ -26,9 +25,9 @@ def sdmgrad_weights(
     preference: jax.Array,
     task_mask: jax.Array,
     *,
-    regularization: float,
-    learning_rate: float,
-    momentum: float,
+    regularization: jax.Array | float,
+    learning_rate: jax.Array | float,
+    momentum: jax.Array | float,
     num_iterations: int,
 ) -> jax.Array:
     """SDMGrad's weights w after the steps of one update.
@@ -47,7 +46,7 @@ def sdmgrad_weights(
       (T,) weights on the simplex.
     """
     roots = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-    scale = jnp.sum(roots) / jnp.maximum(jnp.sum(task_mask), 1)
+    scale = jnp.sum(roots) / jnp.maximum(jnp.sum(task_mask, dtype=roots.dtype), 1)
     safe = jnp.where(scale > 0, scale, 1)
     normalised = jnp.where(scale > 0, gramian / safe / safe, 0)
 
@@ -66,12 +65,12 @@ def sdmgrad_weights(
 def sdmgrad(
     num_tasks: int,
     regularization: float = 0.3,
-    preference: jax.Array | None = None,
+    preference: core.PerTask | None = None,
     *,
     learning_rate: float = 10.0,
     momentum: float = 0.5,
     num_iterations: int = 20,
-) -> optax.GradientTransformationExtraArgs:
+) -> core.Surgery:
     r"""SDMGrad: weights the task gradients by a min-norm point near a preferred direction.
 
     With the gradients :math:`J_1` and :math:`J_2` of two batches in their rows,
@@ -91,21 +90,22 @@ def sdmgrad(
     third batch as task gradients.
 
     Args:
-      num_tasks: number of tasks T.
+      num_tasks: number of tasks T, at least 1.
       regularization: lambda in the paper, at least 0.
-      preference: (T,) weights of the preferred direction, of sum 1; 1/T each by default (over
-        the tasks that are not masked).
-      learning_rate: eta, the size of a step.
+      preference: weights of the preferred direction, (T,) or a tree of any numbers of sum 1; 1/T
+        each by default (over the tasks that are not masked).
+      learning_rate: eta, the size of a step, above 0.
       momentum: share that the velocity keeps, in [0, 1). It starts from zero in every update.
-      num_iterations: S in the paper, number of steps.
+      num_iterations: S in the paper, number of steps, at least 1.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a weighted mean over tasks. It needs the extra argument `gramian`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not those of `num_tasks`
-        tasks, the Gramian is missing, or `preference` has not one entry per task.
+        tasks, the Gramian is missing or of one batch, or `preference` has not one entry per task;
+        at once, for an argument out of its range.
 
     Note:
       Defaults are those of the authors' runs; their class has a lambda of 0.6, and multiplies the
@@ -130,27 +130,34 @@ def sdmgrad(
       Xiao, Ban and Ji, `Direction-oriented Multi-objective Learning: Simple and Provable
       Stochastic Algorithms <https://arxiv.org/abs/2305.18409>`_, NeurIPS 2023, Algorithm 1.
     """
+    name = checks.arguments(
+        sdmgrad,
+        locals(),
+        num_tasks="int [1, inf)",
+        regularization="[0, inf)",
+        preference="per task (-inf, inf)",
+        learning_rate="(0, inf)",
+        momentum="[0, 1)",
+        num_iterations="int [1, inf)",
+    )
 
     def init():
-        return SDMGradState(jnp.ones(num_tasks, jnp.float32))
+        return SDMGradState(jnp.ones(num_tasks))
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses
-        core.check_num_tasks("sdmgrad", num_tasks, task_mask.size)
-        preferred = core.task_preference(preference, task_mask).astype(gramian.dtype)
+    def update(tasks, state):
+        preferred = tasks.preference(preference)
+        share = jnp.asarray(regularization, tasks.dtype)
         weights = sdmgrad_weights(
-            gramian,
-            simplex.shares(state.relative_weights.astype(gramian.dtype), task_mask),
+            tasks.given_gramian,
+            simplex.shares(state.relative_weights.astype(tasks.dtype), tasks.task_mask),
             preferred,
-            task_mask,
-            regularization=regularization,
-            learning_rate=learning_rate,
-            momentum=momentum,
+            tasks.task_mask,
+            regularization=share,
+            learning_rate=jnp.asarray(learning_rate, tasks.dtype),
+            momentum=jnp.asarray(momentum, tasks.dtype),
             num_iterations=num_iterations,
         )
-        relative_weights = simplex.redistribute(state.relative_weights, weights, task_mask)
-        update_weights = (weights + regularization * preferred) / (1 + regularization)
-        return update_weights, SDMGradState(relative_weights)
+        relative_weights = simplex.redistribute(state.relative_weights, weights, tasks.task_mask)
+        return (weights + share * preferred) / (1 + share), SDMGradState(relative_weights)
 
-    weighting = core.Weighting(init=init, update=update)
-    return core.with_gramian("sdmgrad", core.gradient_surgery(weighting))
+    return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)

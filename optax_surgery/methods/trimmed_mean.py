@@ -1,12 +1,9 @@
 """Trimmed mean: at each coordinate the mean without the largest and the least gradients."""
 
-import jax
-import optax
-
-from optax_surgery import core, trees
+from optax_surgery import checks, core, trees
 
 
-def trimmed_mean(num_trimmed: int) -> optax.GradientTransformationExtraArgs:
+def trimmed_mean(num_trimmed: int) -> core.Surgery:
     r"""Trimmed mean: at each coordinate leaves out the largest and the least task gradients.
 
     With the gradients of a coordinate in ascending order, and b of them left out on
@@ -18,17 +15,17 @@ def trimmed_mean(num_trimmed: int) -> optax.GradientTransformationExtraArgs:
     of the others.
 
     Args:
-      num_trimmed: how many gradients are left out on either side, b; 0 gives the mean. There
-        have to be 2 b + 1 tasks.
+      num_trimmed: how many gradients are left out on either side, b, in [0, (T - 1) // 2]; 0
+        gives the mean.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update is a mean over tasks, and no weighted sum: coordinates differ in which tasks
       they take.
 
     Raises:
-      ValueError: for a negative `num_trimmed`; at trace time, from `update`, if the gradients
-        are not stacked, there are fewer than 2 b + 1 tasks, or a Gramian is given.
+      ValueError: at trace time, from `update`, if the gradients are not stacked, there are fewer
+        than 2 b + 1 tasks, or a Gramian is given; at once, for an argument out of its range.
 
     Note:
       The paper gives b as a share beta of T. Where a mask leaves fewer than 2 b + 1 tasks, as many
@@ -48,20 +45,12 @@ def trimmed_mean(num_trimmed: int) -> optax.GradientTransformationExtraArgs:
       Yin et al., `Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
       <https://arxiv.org/abs/1803.01498>`_, ICML 2018, Definition 2.
     """
-    if num_trimmed < 0:
-        raise ValueError(
-            f"Expected a number of at least 0, got {num_trimmed} at 'num_trimmed'. It is how many "
-            "gradients are left out on either side: take 0 for the mean."
-        )
+    name = checks.arguments(trimmed_mean, locals(), num_trimmed="int [0, (T - 1) // 2]")
 
-    def rule(rows: jax.Array, *, key: jax.Array, task_mask: jax.Array) -> jax.Array:
-        del key
-        if task_mask.size < 2 * num_trimmed + 1:
-            raise ValueError(
-                f"Expected at least {2 * num_trimmed + 1} tasks, got {task_mask.size} at "
-                f"'trimmed_mean({num_trimmed})'. Leave out at most "
-                f"{(task_mask.size - 1) // 2} on either side."
-            )
-        return trees.middle_mean(rows, num_trimmed, task_mask)
+    def update(tasks, task_updates, state):
+        def rule(rows, key):
+            return trees.middle_mean(rows, num_trimmed, tasks.task_mask)
 
-    return core.coordinate_surgery("trimmed_mean", rule)
+        return trees.map_rows(rule, task_updates, tasks.key), state
+
+    return core.stacked_surgery(core.StackedRule(lambda params: (), update), name=name)

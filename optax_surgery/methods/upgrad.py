@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from optax_surgery import core, solvers
+from optax_surgery import checks, core, solvers
 
 
-def upgrad(preference: jax.Array | None = None) -> optax.GradientTransformationExtraArgs:
+def upgrad(preference: core.PerTask | None = None) -> core.Surgery:
     r"""UPGrad: projects each task gradient on the dual cone of all, and takes the weighted mean.
 
     The dual cone holds the vectors that conflict with no task. The projection of
@@ -19,17 +18,17 @@ def upgrad(preference: jax.Array | None = None) -> optax.GradientTransformationE
     above zero. For two tasks it is half of PCGrad's.
 
     Args:
-      preference: (T,) positive weights p of the tasks; 1/T each by default (over the tasks that
-        are not masked).
+      preference: weights p of the tasks, (T,) or a tree of numbers, each above 0; 1/T each by
+        default (over the tasks that are not masked).
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the scale of the weighted mean; weights are at least p. Its state is a
       `SolverReport`, the worst of T problems.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
-        has not one entry per task.
+        has not one entry per task; at once, for an argument out of its range.
 
     Note:
       TorchJD adds 1e-4 to the diagonal of the normalised Gramian; this does not.
@@ -47,12 +46,12 @@ def upgrad(preference: jax.Array | None = None) -> optax.GradientTransformationE
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, Equation 4.
     """
+    name = checks.arguments(upgrad, locals(), preference="per task (0, inf)")
 
-    def update(gramian, state, /, *, key, losses, task_mask):
-        del key, losses, state
-        weights = core.task_preference(preference, task_mask).astype(gramian.dtype)
+    def update(tasks, state):
         project = jax.vmap(solvers.dual_cone_projection, in_axes=(None, 0, None))
-        solutions = project(gramian, jnp.diag(weights), task_mask)
+        chosen = jnp.diag(tasks.preference(preference))
+        solutions = project(tasks.gramian, chosen, tasks.task_mask)
         return jnp.sum(solutions.weights, axis=0), solutions.report()
 
-    return core.gradient_surgery(core.Weighting(init=solvers.initial_report, update=update))
+    return core.gradient_surgery(core.Weighting(solvers.initial_report, update), name=name)

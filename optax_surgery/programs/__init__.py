@@ -1,0 +1,1 @@
+"""What is read off the traced program of a user: which inputs reach which losses."""
