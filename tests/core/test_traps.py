@@ -21,7 +21,7 @@ from optax.experimental import aggregating
 
 import optax_surgery as surgery
 from optax_surgery.flax import SurgeryTrainState
-from tests.core.test_contract import described, same, task_gradients
+from tests.common import described, same, task_gradients
 
 T = 3
 PARAMS = {"trunk": {"kernel": jnp.ones((5, 4)), "bias": jnp.ones(4)}, "head": jnp.ones(4)}

@@ -20,7 +20,7 @@ from optax_surgery.flax import (
     scaled_task_value_and_grad,
     task_dynamic_scale,
 )
-from tests.core.test_contract import same
+from tests.common import same
 
 NUM_TASKS = 3
 INPUTS = jax.random.normal(jax.random.key(0), (16, 5))

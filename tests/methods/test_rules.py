@@ -50,7 +50,7 @@ def errors(case, batch):
 
 
 @deterministic
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 10, 20])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 20])
 def test_equals_the_papers_rule_in_float64(case, num_tasks):
     with jax.enable_x64(True):
         assert errors(case, jacobians(num_tasks, size=24, draws=7)).max() < case.tolerance_x64

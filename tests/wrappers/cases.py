@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import task_gradients
+from tests.common import task_gradients
 
 NUM_TASKS = 3
 PARAMS = {"trunk": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}, "head": jnp.ones(())}

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import same
+from tests.common import same
 from tests.wrappers.cases import NUM_TASKS, PARAMS, all_finite, assert_close, gradients
 
 

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import same
+from tests.common import same
 from tests.wrappers.cases import PARAMS, gradients
 
 

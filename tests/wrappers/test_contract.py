@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import assert_moved, described, same, task_gradients
+from tests.common import described, same, task_gradients
+from tests.core.test_contract import assert_moved
 from tests.wrappers.cases import (
     LOSSES,
     NAN_ROW,

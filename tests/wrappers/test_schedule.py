@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import same
+from tests.common import same
 from tests.wrappers.cases import (
     LOSSES,
     NAN_ROW,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from tests.core.test_contract import same
+from tests.common import same
 from tests.wrappers.cases import NUM_TASKS, PARAMS, assert_close, gradients, in_trunk, module
 
 

@@ -10,7 +10,8 @@ import pytest
 
 import optax_surgery as surgery
 from tests import cases
-from tests.core.test_contract import filled, same
+from tests.common import same
+from tests.core.test_contract import filled
 from tests.wrappers.cases import (
     LOSSES,
     NAN_ROW,
