@@ -145,7 +145,6 @@ class Tasks:
         step: jax.Array,
         key: jax.Array | int,
         extra_args: dict[str, Any],
-        all_take_part: bool,
     ):
         given = extra_args.get("gramian")
         self._name = name
@@ -158,7 +157,8 @@ class Tasks:
             if argument in extra_args and checks.is_tree(extra_args[argument])
         }
         num_tasks, dtype, names = self.num_tasks, self.dtype, self._names
-        mask = None if all_take_part else task_mask
+        # A mask only where there is one: without it nothing has to be chosen.
+        mask = task_mask if "task_mask" in extra_args else None
 
         # No function holds this object, which would keep what was traced alive.
         def draw():
@@ -360,7 +360,6 @@ def gradient_surgery(
 
     def update(tasks, task_updates, state):
         weights, state = weighting.update(tasks, state)
-        # A mask only where there is one: without it nothing has to be chosen.
         mask = tasks.task_mask if "task_mask" in tasks.extra_args else None
         return trees.combine(weights, task_updates, mask), state
 
@@ -432,16 +431,9 @@ def _surgery(
         return run(task_updates, state, known)
 
     def operate(task_updates, state, extra_args):
-        params = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)),
-            task_updates,
-        )
-        checks.state(name, jax.eval_shape(rule.init, params), state.weighting_state)
-        num = checks.stacked(task_updates)
-        active = trees.active_tasks(num, extra_args)
-        num_unusable = jnp.zeros((), jnp.int32)
+        checks.state(name, jax.eval_shape(rule.init, _rows(task_updates)), state.weighting_state)
 
-        def look(task_mask):
+        def look(task_mask, extra_args):
             return Tasks(
                 name,
                 task_updates,
@@ -449,23 +441,21 @@ def _surgery(
                 step=state.surgery_step,
                 key=key,
                 extra_args=extra_args,
-                all_take_part="task_mask" not in extra_args,
             )
 
+        active = trees.active_tasks(checks.stacked(task_updates), extra_args)
+        num_unusable = jnp.zeros((), jnp.int32)
         if rule.usable is not None:
-            usable = active & rule.usable(look(active))
+            usable = rule.usable(look(active, extra_args))
             num_unusable = jnp.sum(active & ~usable, dtype=jnp.int32)
-            active = usable
-            mask = trees.like(extra_args.get("losses"), active)
-            extra_args = extra_args | {"task_mask": mask}
+            active &= usable
+            extra_args = extra_args | {"task_mask": trees.like(extra_args.get("losses"), active)}
+
         any_active = jnp.any(active)
-        if masks:
-            if "task_mask" in extra_args:
-                task_updates = trees.mask_tasks(active, task_updates)
-            seen = look(active | ~any_active)
-        else:
-            seen = look(active)
-        updates, rule_state = rule.update(seen, task_updates, state.weighting_state)
+        if masks and "task_mask" in extra_args:
+            task_updates = trees.mask_tasks(active, task_updates)
+        tasks = look(active | ~any_active if masks else active, extra_args)
+        updates, rule_state = rule.update(tasks, task_updates, state.weighting_state)
         if masks:
             updates = jax.tree.map(
                 lambda update, leaf: jnp.where(any_active, update, 0).astype(leaf.dtype),
@@ -473,14 +463,15 @@ def _surgery(
                 task_updates,
             )
         next_step = jnp.asarray(optax.safe_increment(state.surgery_step))
-        new_state = SurgeryState(next_step, state.unusable_losses + num_unusable, rule_state)
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(any_active, new, old).astype(old.dtype), new_state, state
-        )
         count = state.unusable_losses + num_unusable
-        return updates, new_state._replace(unusable_losses=count)
+        # Where no task takes part, all but this count stays as it was.
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(any_active, jnp.asarray(new, old.dtype), old),
+            SurgeryState(next_step, count, rule_state),
+            state._replace(unusable_losses=count),
+        )
+        return updates, new_state
 
-    checks.key(key)
     compiled = jax.jit(operate)
     return transformation(init, update, name=name, num_tasks=num_tasks, state_kind=SurgeryState)
 
@@ -570,7 +561,6 @@ def tasks_of(name: str, task_updates: optax.Updates, extra_args: dict[str, Any])
         step=jnp.zeros((), jnp.int32),
         key=0,
         extra_args=extra_args,
-        all_take_part="task_mask" not in extra_args,
     )
 
 
@@ -611,11 +601,20 @@ def unnamed_state(tx: optax.GradientTransformation, num_tasks: int) -> optax.Gra
     structure = jax.tree.structure(jax.eval_shape(tx.init, jnp.zeros(num_tasks)))
 
     def update(updates, state, params=None):
-        updates, new_state = tx.update(updates, jax.tree.unflatten(structure, state), params)
+        state = jax.tree.unflatten(structure, state)
+        with jax.numpy_dtype_promotion("standard"):  # Adam itself cannot do without
+            updates, new_state = tx.update(updates, state, params)
         return updates, tuple(jax.tree.leaves(new_state))
 
     return optax.GradientTransformation(
         init=lambda params: tuple(jax.tree.leaves(tx.init(params))), update=update
+    )
+
+
+def _rows(task_updates: optax.Updates) -> optax.Updates:
+    """The shapes and dtypes of one task's gradient."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), task_updates
     )
 
 

@@ -423,7 +423,7 @@ def _interior_point(
         total = _inner(mask, x)
         rounding = 8 * eps * (scale + total)
         settled = (jnp.max(jnp.abs(gap)) <= rounding) & (count * mu <= rounding * jnp.max(x))
-        stalls = stalls + (settled & (new_mu > mu / 2))
+        stalls = stalls + (settled & (new_mu > mu / 2)).astype(stalls.dtype)
         reach = jnp.where(settled, jnp.minimum(reach, total), jnp.inf)
         goes_on = jnp.isfinite(new_mu) & (stalls < 5) & (_inner(mask, new_x) <= 4 * reach)
         new = (new_x, new_slack, multiplier + length * shift, new_mu)
@@ -474,7 +474,7 @@ def _cagrad_path(
         root = jnp.log(base_length / jnp.where(room > 0, room, 1)) / 2
         # without room w(s) is longer than s radius all over this face: on to a larger s
         root = jnp.where(room > 0, root, log_s + 3)
-        rounding = 4 * eps * jnp.sum(tasks.nonzero * solved.x) ** 2 / squared_length
+        rounding = 4 * eps * jnp.sum(jnp.where(tasks.nonzero, solved.x, 0)) ** 2 / squared_length
         exact = jnp.abs(excess) <= jnp.minimum(rounding, _tolerance(cosines.dtype) / 2)
         root = jnp.where(exact, log_s, root)
 

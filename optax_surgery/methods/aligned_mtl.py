@@ -29,6 +29,7 @@ def aligned_mtl_weights(
     # Weights do not depend on the scale of the Gramian; its squares might not fit.
     peak = jnp.max(jnp.diagonal(gramian))
     eigenvalues, eigenvectors = jnp.linalg.eigh(gramian / jnp.where(peak > 0, peak, 1))
+    num_active = jnp.asarray(num_active, gramian.dtype)
     tolerance = eigenvalues[-1] * num_active * jnp.finfo(gramian.dtype).eps
     kept = eigenvalues > tolerance
     rank = jnp.sum(kept)
