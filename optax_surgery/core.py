@@ -413,6 +413,7 @@ def _surgery(
     rule: StackedRule, *, name: str, num_tasks: int | None, key: jax.Array | int, masks: bool
 ) -> Surgery:
     """What both factories share; `masks` says that the rule looks at the gradients themselves."""
+    checks.key(key)
 
     def init(params):
         zero = jnp.zeros((), jnp.int32)

@@ -41,7 +41,8 @@ def aligned_mtl_weights(
         # eigenvalues ascend, so those kept are the last `rank`
         scale = eigenvalues[eigenvalues.size - rank + (rank - 1) // 2]
     else:
-        scale = jnp.sum(jnp.where(kept, eigenvalues, 0)) / jnp.maximum(rank, 1)
+        total = jnp.sum(jnp.where(kept, eigenvalues, 0))
+        scale = total / jnp.maximum(rank, 1).astype(total.dtype)
 
     components = jnp.where(kept, eigenvectors.T @ preference / jnp.sqrt(safe_eigenvalues), 0)
     aligned = jnp.sqrt(jnp.where(rank > 0, scale, 1)) * (eigenvectors @ components)

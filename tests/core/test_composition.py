@@ -183,6 +183,25 @@ def test_strict_promotion_and_undefined_numbers_and_leaks(case):
     strictly(lambda: jax.eval_shape(case.step, GRADS, state))
 
 
+OPTIONS = {
+    **{f"aligned_mtl {mode}": surgery.aligned_mtl(scale_mode=mode) for mode in ("median", "rmse")},
+    **{f"mgda {kind}": surgery.mgda(kind) for kind in ("l2", "loss", "loss+")},
+    "cagrad 1+c^2": surgery.cagrad(0.9, rescale="1+c^2"),
+    "stch of logarithms": surgery.stch(0.5, log_losses=True),
+    "krum of some": surgery.krum(num_byzantine=0, num_selected=2),
+    "preference": surgery.dualproj({"a": 1, "b": 0, "c": 2}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_strict_promotion_and_leaks_with_other_options(name):
+    """Numbers of users may be integers."""
+    tx, losses = OPTIONS[name], {"a": 1, "b": 2.0, "c": 3}
+    for extra_args in ({}, {"task_mask": jnp.array([True, True, False])}):
+        update = functools.partial(tx.update, losses=losses, **extra_args)
+        strictly(lambda update=update: jax.eval_shape(update, GRADS, tx.init(PARAMS)))
+
+
 WITH_ADAM = ("per_task", "accumulate", "on_nonfinite, mask", "all at once")  # which is not strict
 
 
