@@ -638,4 +638,7 @@ def _are_arrays(tree: Any) -> bool:
 
 def _trace() -> Any:
     """What identifies the trace that is under way; two of them can be compared."""
-    return jax.extend.core.get_opaque_trace_state(convention="nnx")
+    find = getattr(jax.extend.core, "get_opaque_trace_state", None)
+    if find is None:  # where jax 0.8 has it
+        find = jax.core.get_opaque_trace_state  # pyright: ignore[reportAttributeAccessIssue]
+    return find(convention="nnx")
