@@ -450,6 +450,13 @@ def two_batches(task_updates: Any, other: Any) -> None:
         refuse(f"a second batch of gradients of {expected} tasks", got, "other", remedy)
 
 
+def some_leaves(num_tasks: int) -> None:
+    """Refuses a tree without leaves, which has no number of tasks."""
+    if not num_tasks:
+        remedy = "Pass the gradients that `task_value_and_grad(losses_fn)` returns."
+        refuse("gradients with at least one leaf", "none", "updates", remedy)
+
+
 def _structure(task_updates: Any, params: Any) -> None:
     structure = jax.tree.structure(params)
     if jax.tree.structure(task_updates) == structure:

@@ -66,7 +66,7 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
       Array([[10., -1.],
              [-1.,  2.]], dtype=float32)
     """
-    checks.stacked(task_updates)
+    checks.some_leaves(checks.stacked(task_updates))
     if other is not None:
         checks.two_batches(task_updates, other)
     return _scaled_gramian(task_updates, other, None)
