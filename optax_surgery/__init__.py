@@ -52,8 +52,9 @@ from optax_surgery.methods.baselines import constant, mean
 from optax_surgery.methods.baselines import sum as sum
 
 # From losses to gradients and updates
-from optax_surgery.gradients import feature_surgery_value_and_grad, infer_shared
-from optax_surgery.gradients import per_task_value_and_grad, surgery_value_and_grad
+from optax_surgery.gradients import explain_leaves, feature_surgery_value_and_grad, infer_shared
+from optax_surgery.gradients import per_task_surgery_value_and_grad, per_task_value_and_grad
+from optax_surgery.gradients import surgery_value_and_grad
 from optax_surgery.gradients import task_value_and_grad
 
 # Metrics of a Gramian
@@ -105,6 +106,7 @@ __all__ = [
     "dwa",
     "every",
     "excess_mtl",
+    "explain_leaves",
     "fairgrad",
     "famo",
     "feature_surgery_value_and_grad",
@@ -141,6 +143,7 @@ __all__ = [
     "pcd",
     "pcgrad",
     "per_task",
+    "per_task_surgery_value_and_grad",
     "per_task_value_and_grad",
     "pivrg",
     "random_weighting",

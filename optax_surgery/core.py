@@ -91,6 +91,11 @@ class Once:
         self._trace = _trace()
         self._found: list[Any] = []
 
+    @property
+    def found(self) -> Any:
+        """The value of the function, None if it was not called in the trace of this object."""
+        return self._found[0] if self._found else None
+
     def __call__(self) -> Any:
         """The value of the function."""
         if self._found:
@@ -432,7 +437,7 @@ def _surgery(
         return run(task_updates, state, known)
 
     def operate(task_updates, state, extra_args):
-        checks.state(name, jax.eval_shape(rule.init, _rows(task_updates)), state.weighting_state)
+        checks.state(name, jax.eval_shape(rule.init, rows(task_updates)), state.weighting_state)
 
         def look(task_mask, extra_args):
             return Tasks(
@@ -612,7 +617,7 @@ def unnamed_state(tx: optax.GradientTransformation, num_tasks: int) -> optax.Gra
     )
 
 
-def _rows(task_updates: optax.Updates) -> optax.Updates:
+def rows(task_updates: optax.Updates) -> optax.Updates:
     """The shapes and dtypes of one task's gradient."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), task_updates

@@ -6,16 +6,14 @@ the same arguments, by position and by keyword. They run under `jit`, `vmap` and
 
 from __future__ import annotations  # `help` shows them as they are written
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from optax_surgery import checks, core, trees
-from optax_surgery.programs import reach
+from optax_surgery.programs import flat, own_data, plan, reach, shared_data
 
 Shared = Any  # booleans like the parameters, paths, or a function of a leaf's path
 Params = TypeVar("Params")
@@ -116,15 +114,8 @@ def task_value_and_grad(
     def fn(params: Params, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Losses, Any]:
         checks.differentiable(params)
         stacked_losses = _stacked_losses(losses_fn, args, kwargs, has_aux, call)
-        losses, transpose, value = jax.vjp(stacked_losses, params, has_aux=True)
-        cotangents = jnp.eye(losses.size, dtype=losses.dtype)
-
-        def gradient(cotangent):
-            return transpose(cotangent)[0]
-
-        if chunk_size is None:
-            return value, jax.vmap(gradient)(cotangents)
-        return value, lax.map(gradient, cotangents, batch_size=chunk_size)
+        passes = shared_data.Backward(stacked_losses, params, with_products=False)
+        return passes.value, passes.stacks(chunk_size)
 
     return fn
 
@@ -193,16 +184,18 @@ def surgery_value_and_grad(
     surgery: core.Surgery,
     has_aux: bool = False,
     shared: Shared | None = None,
+    others: Literal["sum", "weighted"] = "sum",
 ) -> SurgeryFn:
-    r"""Makes a function of the losses and the update of a surgery, in the memory of one gradient.
+    r"""Makes a function of the losses and the update of a surgery, at about the price of a step.
 
-    The result is that of the surgery on stacked gradients, but no two task gradients are ever
-    held: for each task one pass backward gives :math:`g_j`, and one forward in its direction the
-    column :math:`J g_j` of the Gramian. The surgery turns the Gramian into weights, and one
-    backward pass of the weighted losses is the update. From one pass to the next only small
-    activations are kept (products smaller than their larger factor, most often the weights); the
-    others are computed anew. Where the surgery does not look at the Gramian, as in the steps in
-    which `every` reuses weights, there are no such passes.
+    The result is that of the surgery on stacked gradients, but they are never stacked. The
+    gradient of a matrix is what went in times what came back, :math:`x^\top d_i` for loss i, and
+    its inner products :math:`\sum_{pq} (x_p \cdot x_q)(d_{ip} \cdot d_{jq})` need no gradient.
+    One forward pass, one pass for all :math:`d_i`, and one product per matrix are an update: about
+    (T + 2) / 3 plain steps where the tasks share their data and the rows of x are fewer than the
+    matrix's. Of other parameters, and where it is cheaper, the T gradients are formed leaf by leaf,
+    contracted and let go; `explain_leaves` tells which. Where the surgery does not look at the
+    Gramian, as in the steps in which `every` reuses weights, there is one plain backward pass.
 
     Args:
       losses_fn: as in `task_value_and_grad`.
@@ -211,8 +204,10 @@ def surgery_value_and_grad(
       has_aux: whether `losses_fn` returns a pair.
       shared: the parameters that the tasks share, whose Gramian decides: a tree of booleans like
         the parameters, a list of a boolean per leaf, paths ('encoder/layer_0/kernel', or 'encoder'
-        for all in it), or a function of a leaf's path that returns a boolean. The other leaves get
-        their summed gradient. All parameters by default.
+        for all in it), or a function of a leaf's path that returns a boolean. All by default.
+      others: one of "sum" (the leaves that are not shared get their summed gradient, which for a
+        head of one task is its own) and "weighted" (they are summed with the weights that the
+        surgery finds for the shared ones).
 
     Returns:
       `fn(params, state, *args, extra_args=None, **kwargs)` giving `(losses, grads), state`, or
@@ -227,12 +222,9 @@ def surgery_value_and_grad(
         the surgery works on coordinates or on the Gramian of two batches.
 
     Note:
-      It takes two to three times the operations of stacking, and less time where writing and
-      reading the stack is what takes the time: networks with many parameters and few activations.
-      Methods that only use the losses take one backward pass, as plain training does. Inner
-      products go through the network's own arithmetic: with bfloat16 activations they are that
-      precise, and no more. A masked task must still have a finite derivative: zero times infinity
-      in its backward pass is NaN, where a stacked gradient could be left out.
+      What comes back for each of T losses is held side by side: where activations take most of the
+      memory, that is T times theirs, as with stacked gradients. Under `vmap`, as over seeds,
+      `every` and `start_after` run both branches.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -252,7 +244,9 @@ def surgery_value_and_grad(
       >>> grads
       Array([1., 0.], dtype=float32)
     """
-    call = checks.arguments(surgery_value_and_grad, locals(), has_aux=bool)
+    call = checks.arguments(
+        surgery_value_and_grad, locals(), has_aux=bool, others=("sum", "weighted")
+    )
     checks.function("losses_fn", losses_fn, reserved="extra_args")
     checks.surgery(surgery, core.Surgery)
 
@@ -266,48 +260,151 @@ def surgery_value_and_grad(
     ) -> tuple[tuple[Any, Any], Any]:
         mask = _mask(shared, params)
         checks.real(mask, params)
-        operated, others = trees.split(mask, params)
         stacked_losses = _stacked_losses(losses_fn, args, kwargs, has_aux, call)
-
-        def losses_of(operated, others):
-            return stacked_losses(trees.merge(mask, operated, others, params))
-
-        losses, transpose, value = jax.vjp(losses_of, operated, others, has_aux=True)
-        identity = jnp.eye(losses.size, dtype=losses.dtype)
-        for_surgery = _with_losses(value[0] if has_aux else value, extra_args)
-
-        def linearize():
-            lean = jax.checkpoint(lambda leaves: losses_of(leaves, others)[0], policy=_is_small)
-            _, apply = jax.linearize(lean, operated)
-            return apply, jax.linear_transpose(apply, operated)
-
-        # What is linearized in a branch of the surgery's may not leave it.
-        passes, looks = core.Once(linearize), []
-
-        def gramian():
-            looks.append(True)
-            apply, transpose_operated = passes()
-
-            def column(task):
-                one_task, loss = task
-                return _apart(apply, _apart(transpose_operated, one_task, loss)[0], loss)
-
-            return lax.map(column, (identity, losses))
-
-        dtype = trees.gramian_dtype(losses)
-        weights, new_state = core.identity_update(
-            surgery, state, losses.size, dtype, for_surgery, gramian
-        )
-        weights = weights.astype(losses.dtype)
-        if looks:
-            (operated_grads,) = _apart(passes()[1], weights, weights.sum())
-        else:
-            operated_grads, _ = transpose(weights)
-        active = trees.active_tasks(losses.size, for_surgery).astype(losses.dtype)
-        other_grads = others if all(mask) else transpose(active)[1]
-        return (value, trees.merge(mask, operated_grads, other_grads, params)), new_state
+        passes = shared_data.Backward(stacked_losses, params)
+        losses = passes.value[0] if has_aux else passes.value
+        for_surgery = _with_losses(losses, extra_args)
+        grads, new_state = _operated(passes, surgery, state, mask, others, for_surgery)
+        return (passes.value, grads), new_state
 
     return fn
+
+
+def per_task_surgery_value_and_grad(
+    loss_fn: Callable[..., Any],
+    surgery: core.Surgery,
+    has_aux: bool = False,
+    shared: Shared | None = None,
+    others: Literal["sum", "weighted"] = "sum",
+    chunk_size: int | None = None,
+) -> SurgeryFn:
+    r"""Makes a function of the losses and the update, for tasks that have data of their own.
+
+    A task may be a client, a micro-batch, or a single sample. All of their derivatives together
+    are one backward pass, and `surgery_value_and_grad` says how the Gramian and the update come
+    out of it without T gradients: for samples, at little more than the price of a plain step.
+
+    Args:
+      loss_fn: as in `per_task_value_and_grad`, the scalar loss of one task. Where samples of a task
+        are missing, let the loss take a mask of them.
+      surgery: as in `surgery_value_and_grad`.
+      has_aux: whether `loss_fn` returns a pair.
+      shared: as in `surgery_value_and_grad`.
+      others: one of "sum" and "weighted", as in `surgery_value_and_grad`.
+      chunk_size: how many tasks are run at once, at least 1; all by default. Fewer take less memory
+        for activations, which are then computed twice.
+
+    Returns:
+      `fn(params, state, *args, extra_args=None, **kwargs)`, with the positional arguments of all
+      tasks stacked on a leading axis of length T and keyword arguments that all tasks share, giving
+      `(losses, grads), state` or `((losses, aux), grads), state`: losses of shape (T,), `grads` of
+      the shapes of the parameters, and `aux` stacked. What is in `extra_args` goes to the surgery.
+
+    Raises:
+      ValueError: at once, as `surgery_value_and_grad`; at trace time, as
+        `per_task_value_and_grad`, if `shared` matches no leaf or one that is not real, or if the
+        surgery works on coordinates or on the Gramian of two batches.
+
+    Examples:
+      Every sample is a task:
+
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> upgrad = surgery.upgrad()
+      >>> def loss_fn(params, sample):
+      ...     return jnp.sum((params - sample) ** 2)
+      >>> fn = surgery.per_task_surgery_value_and_grad(loss_fn, upgrad)
+      >>> params, samples = jnp.zeros(2), jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> (losses, grads), state = fn(params, upgrad.init(params), samples)
+      >>> print(losses, jnp.round(grads, 5))
+      [1. 1.] [-1. -1.]
+    """
+    call = checks.arguments(
+        per_task_surgery_value_and_grad,
+        locals(),
+        has_aux=bool,
+        others=("sum", "weighted"),
+        chunk_size="int [1, inf)",
+    )
+    checks.function("loss_fn", loss_fn, reserved="extra_args")
+    checks.surgery(surgery, core.Surgery)
+
+    def fn(
+        params: Any,
+        state: Any,
+        /,
+        *args: Any,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[tuple[Any, Any], Any]:
+        mask = _mask(shared, params)
+        checks.real(mask, params)
+        checks.mapped(args)
+
+        def loss_of(params, task_args):
+            value = loss_fn(params, *task_args, **kwargs)
+            return checks.loss(checks.before_aux(value, has_aux, call)), value
+
+        passes = own_data.Backward(loss_of, params, args, chunk_size)
+        for_surgery = _with_losses(passes.losses, extra_args)
+        grads, new_state = _operated(passes, surgery, state, mask, others, for_surgery)
+        return (passes.value, grads), new_state
+
+    return fn
+
+
+def explain_leaves(fn: SurgeryFn, params: Any, /, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """Tells how the inner products of each parameter's task gradients are found, and why.
+
+    Args:
+      fn: what `surgery_value_and_grad` or `per_task_surgery_value_and_grad` returned.
+      params: pytree of parameters, arrays or their `jax.ShapeDtypeStruct`.
+      *args: further arguments of `fn`, its state first.
+      **kwargs: those by keyword.
+
+    Returns:
+      From the path of each leaf to a text that begins with "product" (of what went in and what
+      came back: no gradient is formed), "stack" (of T gradients), "slices" (within a loop or a
+      rematerialised part, a slice at a time), or "unused".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> def losses_fn(params, inputs):
+      ...     return jnp.mean((inputs @ params["kernel"] + params["bias"][None]) ** 2, axis=0)
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+      >>> fn = surgery.surgery_value_and_grad(losses_fn, surgery.mgda())
+      >>> ways = surgery.explain_leaves(fn, params, surgery.mgda().init(params), jnp.ones((2, 64)))
+      >>> {path: way.split(":")[0] for path, way in ways.items()}
+      {'bias': 'stack', 'kernel': 'product'}
+    """
+    found: list[Any] = []
+    with plan.watched(found.append):
+        jax.make_jaxpr(lambda params: fn(params, *args, **kwargs)[0][1])(params)
+    texts = [f"{way.name}: {way.why}" for way in found[-1]]
+    return dict(zip(checks.paths(params), texts, strict=True))
+
+
+def _operated(
+    passes: shared_data.Backward | own_data.Backward,
+    surgery: core.Surgery,
+    state: Any,
+    mask: list[bool],
+    others: str,
+    for_surgery: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The update of a surgery on the chosen leaves, and its state."""
+    # Where the surgery looks within a branch, what is found for the update stays there.
+    found = core.Once(lambda: passes.gramian(mask))
+    dtype, num_tasks = trees.gramian_dtype(passes.losses), passes.num_tasks
+    weights, new_state = core.identity_update(
+        surgery, state, num_tasks, dtype, for_surgery, lambda: found()[0]
+    )
+    rest = weights
+    if others == "sum" and not all(mask):
+        rest = trees.active_tasks(num_tasks, for_surgery).astype(weights.dtype)
+    of_leaves = [weights if take else rest for take in mask]
+    return passes.update(of_leaves, found.found and found.found[1]), new_state
 
 
 def feature_surgery_value_and_grad(
@@ -395,24 +492,14 @@ def feature_surgery_value_and_grad(
 
         checks.differentiable(encoder_params)
         features, transpose_encoder = jax.vjp(features_of, encoder_params)
-        checks.features(reach.depends(features_of, encoder_params))
-        losses, value = losses_of(features, head_params)
-        num_tasks, identity = losses.size, jnp.eye(losses.size, dtype=losses.dtype)
+        program = flat.flatten(jax.make_jaxpr(features_of)(encoder_params))
+        dependents = flat.dependents(program, program.inputs)
+        checks.features(not dependents.isdisjoint(program.outputs))
+        both = (features, head_params)
+        passes = shared_data.Backward(lambda both: losses_of(*both), both, with_products=False)
+        value, num_tasks = passes.value, passes.num_tasks
         for_surgery = _with_losses(value[0] if has_aux else value, extra_args)
-
-        def losses_alone(features, heads):
-            return losses_of(features, heads)[0]
-
-        separate_losses = reach.split_uses(losses_alone, features, head_params)
-        if separate_losses is None:
-            _, transpose = jax.vjp(losses_alone, features, head_params)
-            feature_grads = jax.vmap(lambda one_task: transpose(one_task)[0])(identity)
-        else:
-            copies = jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (num_tasks, *leaf.shape)), features
-            )
-            _, transpose = jax.vjp(separate_losses, copies, head_params)
-            feature_grads, _ = transpose(jnp.ones_like(losses))
+        feature_grads, _ = passes.stacks()
 
         feature_update, new_state = surgery.update(feature_grads, state, features, **for_surgery)
         (encoder_grads,) = transpose_encoder(feature_update)
@@ -427,7 +514,8 @@ def feature_surgery_value_and_grad(
                 for_surgery,
                 lambda: trees.gramian_in_range(feature_grads, active),
             )
-        _, head_grads = transpose(weights.astype(losses.dtype))
+        num_leaves = len(jax.tree.leaves(both))
+        _, head_grads = passes.update([weights.astype(passes.losses.dtype)] * num_leaves)
         return (value, (encoder_grads, head_grads)), new_state
 
     return fn
@@ -483,37 +571,11 @@ def infer_shared(
         return _stacked_losses(losses_fn, args, kwargs, False, None)(params)[0]
 
     shapes = [leaf for trace, leaf in zip(traced, leaves, strict=True) if trace]
-    reached = reach.reached_by(losses_of, params, shapes)
-    params_structure = jax.tree.structure(params)
-    num_reached = [sum(leaf in by for by in reached) for leaf in range(params_structure.num_leaves)]
-    return jax.tree.unflatten(params_structure, [number > 1 for number in num_reached])
-
-
-def _is_small(primitive: Any, *factors: Any, **params: Any) -> bool:
-    """Whether this is a product of matrices that takes less memory than its larger factor."""
-    if primitive is not lax.dot_general_p:
-        return False
-    left, right = factors
-    (contracted, _), (batch, _) = params["dimension_numbers"]
-    summed = math.prod(left.shape[axis] for axis in contracted)
-    batches = math.prod(left.shape[axis] for axis in batch)
-    product_size = left.size * right.size // (summed**2 * batches) if summed * batches else 0
-    return product_size < max(left.size, right.size)
-
-
-def _apart(function: Callable[[Any], Any], argument: Any, number: jax.Array) -> Any:
-    """`function(argument)` in a computation of its own; NaN, if `number` is, without computing it.
-
-    A compiler that sees two passes over a network merges their forward passes, or takes one out of
-    a loop, and holds what it computed from the first use to the last: many times the memory of a
-    pass. It moves nothing out of a branch that depends on data. Barriers do not stop XLA on a CPU.
-    """
-
-    def not_a_number(_):
-        shapes = jax.eval_shape(function, argument)
-        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
-
-    return lax.cond(jnp.isnan(number), not_a_number, function, argument)
+    program = flat.flatten(jax.make_jaxpr(losses_of)(params, shapes))
+    structure = jax.tree.structure(params)
+    reached, _ = reach.reached(program, flat.as_number(program, 0))
+    shared = [len(reached[leaf].union()) > 1 for leaf in program.inputs[: structure.num_leaves]]
+    return jax.tree.unflatten(structure, shared)
 
 
 def _mask(shared: Shared | None, params: Any) -> list[bool]:

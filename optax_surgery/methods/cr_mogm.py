@@ -48,7 +48,7 @@ def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Sur
 
     Note:
       A task that is masked keeps its average; one that is seen for the first time starts from
-      its own weight.
+      its own weight. A loss that `inner` cannot use goes into its average with weight zero.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,234 +1,283 @@
-"""Which inputs of a function reach which of its losses, read off its program.
+"""Which losses each value of a program reaches, read off the program.
 
-A zero gradient does not tell whether a task uses a parameter; the traced program does.
-`reached_by` follows every input through it to the elements of the losses. `split_uses`
-finds out whether each use of an input serves one loss only, and if so makes a function
-of one copy of the input per loss: one backward pass over the copies is then the
-gradient of every loss.
+A zero gradient does not tell whether a task uses a parameter; the traced program does. From the
+losses back to the parameters, `reached` finds for every value the set of losses that it takes part
+in: one set, or one for every index along an axis, as of outputs that have a column for each task.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core as jax_core
 
-# Primitives whose output element k depends on element k of each operand.
+from optax_surgery.programs import flat
+
+# Primitives whose output element k depends on element k of each operand of the same shape.
 _ELEMENTWISE = frozenset(
-    """abs add add_any and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1
-    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem
-    round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh""".split()  # noqa: SIM905
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
+    clamp conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp
+    exp2 expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to
+    max min mul ne neg nextafter not or polygamma pow pvary real reduce_precision rem round rsqrt
+    select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square sub tan tanh xor""".split()  # noqa: SIM905
 )
-_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
-_CALLS = frozenset(["jit", "pjit"])  # they run their program as it stands: we may look inside
+_CALLS = frozenset(
+    """jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call custom_vjp_call
+    custom_vjp_call_jaxpr custom_vmap_call""".split()  # noqa: SIM905
+)
 
 
 class Reach(NamedTuple):
-    """What an array depends on: one set, or one for every index along an axis."""
+    """The losses that a value reaches: one set, or one for every index along an axis."""
 
-    sets: tuple[frozenset[int], ...]
+    sets: tuple[frozenset[int], ...] = (frozenset(),)
     axis: int | None = None
 
     def union(self) -> frozenset[int]:
-        """The inputs that any element depends on."""
+        """The losses that any element reaches."""
         return frozenset().union(*self.sets)
 
-    def at(self, axis: int, size: int) -> tuple[frozenset[int], ...]:
-        """What the `size` indices along `axis` depend on."""
-        return self.sets if self.axis == axis else (self.union(),) * size
+    def whole(self) -> "Reach":
+        """The same without telling elements apart."""
+        return self if self.axis is None else Reach((self.union(),))
+
+    def is_single(self) -> bool:
+        """Whether no element reaches two losses."""
+        return all(len(losses) < 2 for losses in self.sets)
+
+    def joined(self, other: "Reach") -> "Reach":
+        """What a value reaches that is used in two places."""
+        if self == other or not other.union():
+            return self
+        if not self.union():
+            return other
+        if self.axis is not None and other.axis is not None and self.axis != other.axis:
+            return Reach((self.union() | other.union(),))
+        axis = other.axis if self.axis is None else self.axis
+        size = max(len(self.sets), len(other.sets))
+        rows = zip(_repeated(self.sets, size), _repeated(other.sets, size), strict=True)
+        return Reach(tuple(left | right for left, right in rows), axis)
 
 
-NOTHING = Reach((frozenset(),))
+NOTHING = Reach()
 
 
-def reached_by(function: Callable[..., jax.Array], tree: Any, *args: Any) -> list[frozenset[int]]:
-    """For each element of the vector `function(tree, *args)`, the leaves of `tree` that reach it.
-
-    Args:
-      function: returns an array of shape (T,).
-      tree: pytree of arrays.
-      *args: further arguments.
-
-    Returns:
-      T sets of indices into `jax.tree.leaves(tree)`.
-    """
-    program = jax.make_jaxpr(function)(tree, *args)
-    num_leaves = len(jax.tree.leaves(tree))
-    inputs = [Reach((frozenset([leaf]),)) for leaf in range(num_leaves)]
-    inputs += [NOTHING] * (len(program.jaxpr.invars) - num_leaves)
-    (losses,) = _follow(program.jaxpr, inputs, lambda operands: operands)
-    return list(losses.at(0, program.out_avals[0].shape[0]))
-
-
-def depends(function: Callable[..., Any], tree: Any) -> bool:
-    """Whether any leaf of `tree` reaches any output of `function(tree)`."""
-    program = jax.make_jaxpr(function)(tree).jaxpr
-    outputs = _follow(program, [Reach((frozenset([0]),))] * len(program.invars), lambda ops: ops)
-    return any(output.union() for output in outputs)
-
-
-def split_uses(
-    function: Callable[..., jax.Array], tree: Any, *args: Any
-) -> Callable[..., jax.Array] | None:
-    """Makes `function` see one copy of `tree` per loss, if no use of a leaf serves two losses.
+def reached(program: flat.Program, losses: int) -> tuple[list[Reach], list[list[Reach]]]:
+    """Which losses each value reaches, and each operand of each equation by this use.
 
     Args:
-      function: `function(tree, *args)` returns losses of shape (T,).
-      tree: pytree of arrays.
-      *args: further arguments.
+      program: the program.
+      losses: the number of the value of shape (T,) that holds the losses.
 
     Returns:
-      `split(copies, *args)`, of which the leaves of `copies` have a leading axis of length T and
-      loss t uses copy t only; None where a use serves two losses.
+      For every value what it reaches; and for every equation what its operands reach through it.
     """
-    program = jax.make_jaxpr(function)(tree, *args)
-    num_leaves = len(jax.tree.leaves(tree))
-    source = Reach((frozenset([-1]),))
-    equations = itertools.count()
-
-    def use(operands):  # all operands of one equation serve the same losses
-        if not any(operand is source for operand in operands):
-            return operands
-        here = Reach((frozenset([next(equations)]),))
-        return [here if operand is source else operand for operand in operands]
-
-    inputs = [source] * num_leaves + [NOTHING] * (len(program.jaxpr.invars) - num_leaves)
-    (losses,) = _follow(program.jaxpr, inputs, use)
-    loss_of_use: dict[int, int] = {-1: -1}  # the input itself is no loss
-    for loss, uses in enumerate(losses.at(0, program.out_avals[0].shape[0])):
-        for each in uses:
-            if loss_of_use.setdefault(each, loss) != loss:
-                return None
-
-    def split(copies: Any, *args: Any) -> jax.Array:
-        inputs = [*map(_Copies, jax.tree.leaves(copies)), *jax.tree.leaves(args)]
-        uses = itertools.count()
-        (losses,) = _evaluate(program.jaxpr, program.consts, inputs, uses, loss_of_use)
-        return losses
-
-    return split
+    found = [NOTHING] * len(program.avals)
+    (num_losses,) = program.avals[losses].shape
+    found[losses] = Reach(tuple(frozenset([loss]) for loss in range(num_losses)), 0)
+    uses: list[list[Reach]] = []
+    for equation in reversed(program.equations):
+        operands = _operands(equation.eqn, [found[number] for number in equation.outputs])
+        for number, operand in zip(equation.inputs, operands, strict=True):
+            if number is not None:
+                found[number] = found[number].joined(operand)
+        uses.append(operands)
+    return found, uses[::-1]
 
 
-def _follow(
-    jaxpr: jax_core.Jaxpr,
-    inputs: list[Reach],
-    use: Callable[[list[Reach]], list[Reach]],
-) -> list[Reach]:
-    """What each output of a program depends on. `use` sees the operands of every equation."""
-    reach = dict.fromkeys(jaxpr.constvars, NOTHING) | dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(variables):
-        return [NOTHING if isinstance(var, jax_core.Literal) else reach[var] for var in variables]
-
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _CALLS:
-            outputs = _follow(eqn.params["jaxpr"].jaxpr, read(eqn.invars), use)
-        else:
-            outputs = _outputs(eqn, use(read(eqn.invars)))
-        reach.update(zip(eqn.outvars, outputs, strict=True))
-    return read(jaxpr.outvars)
-
-
-def _outputs(eqn: jax_core.JaxprEqn, operands: list[Reach]) -> list[Reach]:
-    """What each output of one equation depends on: `split` and `unstack` take an array apart."""
+def _operands(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
+    """What the operands of an equation reach through it."""
+    if not any(output.union() for output in outputs):
+        return [NOTHING] * len(eqn.invars)
     name, params = eqn.primitive.name, eqn.params
-    if name in ("split", "unstack") and operands[0].axis is not None:
-        operand, axis = operands[0], params["axis"]
-        if name == "split":
-            if operand.axis != axis:
-                return [operand] * len(eqn.outvars)
-            sets = iter(operand.sets)
-            return [Reach(tuple(itertools.islice(sets, size)), axis) for size in params["sizes"]]
-        if operand.axis != axis:
-            return [operand._replace(axis=operand.axis - (axis < operand.axis))] * len(eqn.outvars)
-        return [Reach((reached,)) for reached in operand.sets]
-    return [_through(eqn, operands)] * len(eqn.outvars)
-
-
-def _through(eqn: jax_core.JaxprEqn, operands: list[Reach]) -> Reach:
-    """What the outputs of one equation depend on, index by index where that can be told."""
-    name, params = eqn.primitive.name, eqn.params
-    shapes = [_shape(var) for var in eqn.invars]
-    shape = _shape(eqn.outvars[0])
-    if name == "stack":
-        return Reach(tuple(operand.union() for operand in operands), params["axis"])
+    if name == "scan":
+        return _through_scan(eqn, outputs)
+    if name == "cond":
+        branches = [_through(branch.jaxpr, outputs) for branch in params["branches"]]
+        joined = [_joined(same) for same in zip(*branches, strict=True)]
+        return [_everything(outputs), *joined]
+    if name == "stop_gradient":
+        return [NOTHING]
+    inner = _inner(eqn)
+    if inner is not None and len(inner.invars) == len(eqn.invars):
+        return _through(inner, outputs)
+    shapes = [flat.shape_of(var.aval) for var in eqn.invars]
+    if name in ("split", "unstack"):
+        return [_put_together(eqn, shapes[0], outputs)]
+    (output,) = outputs if len(outputs) == 1 else (_everything(outputs),)
+    if name == "slice":
+        return [_sliced(params, shapes[0], output)]
+    if output.axis is None:
+        return [output] * len(shapes)
+    shape = flat.shape_of(eqn.outvars[0].aval)
     if name == "concatenate":
-        axis = params["dimension"]
-        parts = [op.at(axis, shape[axis]) for op, shape in zip(operands, shapes, strict=True)]
-        return Reach(tuple(itertools.chain(*parts)), axis)
+        return _taken_apart(params["dimension"], shapes, output)
+    if name == "stack":
+        return _unstacked(params["axis"], shapes, output)
+    axes = _axes(name, params, shapes, shape, output.axis)
+    return [output.whole() if axis is None else Reach(output.sets, axis) for axis in axes]
 
-    axes = {operand.axis for operand in operands if operand.axis is not None}
-    if len(axes) == 1:
-        (axis,) = axes
-        if name in _ELEMENTWISE:
-            rows = zip(*(operand.at(axis, shape[axis]) for operand in operands), strict=True)
-            return Reach(tuple(frozenset().union(*sets) for sets in rows), axis)
-        if name == "slice":
-            strides = params["strides"] or (1,) * len(shape)
-            kept = slice(
-                params["start_indices"][axis], params["limit_indices"][axis], strides[axis]
-            )
-            return Reach(operands[0].sets[kept], axis)
+
+def _axes(
+    name: str,
+    params: dict[str, Any],
+    shapes: Sequence[tuple[int, ...]],
+    shape: tuple[int, ...],
+    axis: int,
+) -> list[int | None]:
+    """For each operand the axis that becomes `axis` of the output, or None where none does."""
+    if name in _ELEMENTWISE:
+        return [axis if operand == shape else None for operand in shapes]
+    if name == "dot_general":
+        return _product_axes(params["dimension_numbers"], shapes, axis)
+    moved = None
+    if name.startswith("reduce_") and "axes" in params and len(shapes) == 1:
+        moved = _others(params["axes"], len(shapes[0]))[axis]
+    elif name == "squeeze":
+        moved = _others(params["dimensions"], len(shapes[0]))[axis]
+    elif name == "transpose":
+        moved = params["permutation"][axis]
+    elif name == "broadcast_in_dim":
+        places = params["broadcast_dimensions"]
+        moved = places.index(axis) if axis in places else None
+    elif name == "reshape":
+        before = [math.prod(shapes[0][:place]) for place in range(len(shapes[0]))]
+        same = [
+            place
+            for place, size in enumerate(shapes[0])
+            if size == shape[axis] and before[place] == math.prod(shape[:axis])
+        ]
+        moved = same[0] if same else None
+    if moved is not None and shapes[0][moved] != shape[axis]:
         moved = None
-        if name in _REDUCTIONS or name == "squeeze":
-            gone = params["dimensions" if name == "squeeze" else "axes"]
-            moved = None if axis in gone else axis - sum(other < axis for other in gone)
-        elif name == "broadcast_in_dim":
-            moved = params["broadcast_dimensions"][axis]
-        elif name == "transpose":
-            moved = params["permutation"].index(axis)
-        elif name == "reshape" and shape[: axis + 1] == shapes[0][: axis + 1]:
-            moved = axis
-        if moved is not None and shape[moved] == shapes[0][axis]:
-            return operands[0]._replace(axis=moved)
-    return Reach((frozenset().union(*(operand.union() for operand in operands)),))
+    return [moved] + [None] * (len(shapes) - 1)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
-    return var.aval.shape
+def _product_axes(numbers: Any, shapes: Sequence[tuple[int, ...]], axis: int) -> list[int | None]:
+    """Those of a product of matrices, whose output has batch axes, free ones left, and right."""
+    contracted, batch = numbers
+    if axis < len(batch[0]):
+        return [batch[0][axis], batch[1][axis]]
+    axis -= len(batch[0])
+    left, right = (
+        _others((*contracted[side], *batch[side]), len(shapes[side])) for side in range(2)
+    )
+    if axis < len(left):
+        return [left[axis], None]
+    return [None, right[axis - len(left)]]
 
 
-class _Copies(NamedTuple):
-    """An input of which loss t reads copy t."""
-
-    leaf: jax.Array
+def _others(axes: Sequence[int], ndim: int) -> list[int]:
+    return [axis for axis in range(ndim) if axis not in axes]
 
 
-def _evaluate(
-    jaxpr: jax_core.Jaxpr,
-    consts: list[Any],
-    inputs: list[Any],
-    uses: Iterator[int],
-    loss_of_use: dict[int, int],
-) -> list[Any]:
-    """Runs a program, handing copy t of an input to the equations that serve loss t.
+def _taken_apart(dimension: int, shapes: Sequence[tuple[int, ...]], output: Reach) -> list[Reach]:
+    """What the parts of a concatenation reach."""
+    if output.axis != dimension:
+        return [output] * len(shapes)
+    sets = iter(output.sets)
+    return [Reach(tuple(itertools.islice(sets, shape[dimension])), dimension) for shape in shapes]
 
-    It meets the equations in the order of `_follow`, so that uses have the same numbers.
-    """
-    values = dict(zip(jaxpr.constvars, consts, strict=True))
-    values |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-    for eqn in jaxpr.eqns:
-        variables = [var for var in eqn.invars if not isinstance(var, jax_core.Literal)]
-        operands = [values[var] for var in variables]
-        if eqn.primitive.name in _CALLS:
-            inner = eqn.params["jaxpr"]
-            operands = [
-                var.val if isinstance(var, jax_core.Literal) else values[var] for var in eqn.invars
-            ]
-            outputs = _evaluate(inner.jaxpr, inner.consts, operands, uses, loss_of_use)
-        else:
-            if any(isinstance(operand, _Copies) for operand in operands):
-                copy = loss_of_use.get(next(uses), 0)  # one that serves no loss reads any copy
-                operands = [op.leaf[copy] if isinstance(op, _Copies) else op for op in operands]
-            program = jaxpr.replace(
-                constvars=[],
-                invars=variables,
-                outvars=eqn.outvars,
-                eqns=[eqn],
-                debug_info=jaxpr.debug_info.with_unknown_names(),
-            )
-            outputs = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(program, ()))(*operands)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [var.val if isinstance(var, jax_core.Literal) else values[var] for var in jaxpr.outvars]
+def _unstacked(axis: int, shapes: Sequence[tuple[int, ...]], output: Reach) -> list[Reach]:
+    assert output.axis is not None
+    if output.axis == axis:
+        return [Reach((losses,)) for losses in output.sets]
+    return [output._replace(axis=output.axis - (axis < output.axis))] * len(shapes)
+
+
+def _put_together(eqn: jax_core.JaxprEqn, shape: tuple[int, ...], outputs: list[Reach]) -> Reach:
+    """What an array reaches that is split into parts along an axis."""
+    axis = eqn.params["axis"]
+    sizes = eqn.params.get("sizes", (1,) * len(outputs))
+    if eqn.primitive.name == "unstack":  # whose parts have not the axis
+        outputs = [
+            output
+            if output.axis is None
+            else output._replace(axis=output.axis + (axis <= output.axis))
+            for output in outputs
+        ]
+    if all(output.axis in (None, axis) for output in outputs):
+        rows = [_repeated(output.sets, size) for output, size in zip(outputs, sizes, strict=True)]
+        return Reach(tuple(itertools.chain(*rows)), axis)
+    return _joined(outputs)
+
+
+def _sliced(params: dict[str, Any], shape: tuple[int, ...], output: Reach) -> Reach:
+    """What an array reaches of which a part is taken."""
+    strides = params["strides"] or (1,) * len(shape)
+    starts, limits = params["start_indices"], params["limit_indices"]
+    kept = [slice(*of_axis) for of_axis in zip(starts, limits, strides, strict=True)]
+    cut = [axis for axis, size in enumerate(shape) if len(range(size)[kept[axis]]) < size]
+    axis = output.axis
+    if axis is None:  # what is cut off reaches nothing
+        if not cut:
+            return output
+        axis = cut[0]
+    sets = [frozenset()] * shape[axis]
+    sets[kept[axis]] = _repeated(output.sets, len(sets[kept[axis]]))
+    return Reach(tuple(sets), axis)
+
+
+def _through(jaxpr: jax_core.Jaxpr, outputs: Sequence[Reach]) -> list[Reach]:
+    """What the arguments of a program within an equation reach."""
+    found: dict[Any, Reach] = {}
+
+    def join(variables, reaches):
+        for var, reach in zip(variables, reaches, strict=True):
+            if not isinstance(var, jax_core.Literal):
+                found[var] = found.get(var, NOTHING).joined(reach)
+
+    join(jaxpr.outvars, outputs)
+    for eqn in reversed(jaxpr.eqns):
+        join(eqn.invars, _operands(eqn, [found.get(var, NOTHING) for var in eqn.outvars]))
+    return [found.get(var, NOTHING) for var in jaxpr.invars]
+
+
+def _through_scan(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
+    """What the operands of a loop reach, in any of its rounds."""
+    params = eqn.params
+    consts, carries = params["num_consts"], params["num_carry"]
+    stacked = [_along(reach, -1) for reach in outputs[carries:]]
+    carry = outputs[:carries]
+    while True:
+        operands = _through(params["jaxpr"].jaxpr, [*carry, *stacked])
+        before = carry
+        carry = [a.joined(b) for a, b in zip(carry, operands[consts:], strict=False)]
+        if carry == before:
+            break
+    slices = [_along(reach, 1) for reach in operands[consts + carries :]]
+    return [*operands[:consts], *carry, *slices]
+
+
+def _along(reach: Reach, step: int) -> Reach:
+    """That of a slice for an array with a leading axis more (1), or the other way round (-1)."""
+    if reach.axis is None:
+        return reach
+    return reach.whole() if reach.axis + step < 0 else reach._replace(axis=reach.axis + step)
+
+
+def _inner(eqn: jax_core.JaxprEqn) -> jax_core.Jaxpr | None:
+    """The program within an equation that runs one, once, with the operands as they are."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    params = eqn.params
+    inner = next(params[name] for name in ("call_jaxpr", "jaxpr", "fun_jaxpr") if name in params)
+    return getattr(inner, "jaxpr", inner)
+
+
+def _everything(outputs: Sequence[Reach]) -> Reach:
+    return Reach((frozenset().union(*(output.union() for output in outputs)),))
+
+
+def _joined(reaches: Sequence[Reach]) -> Reach:
+    joined = reaches[0]
+    for reach in reaches[1:]:
+        joined = joined.joined(reach)
+    return joined
+
+
+def _repeated(sets: tuple[frozenset[int], ...], size: int) -> tuple[frozenset[int], ...]:
+    return sets if len(sets) == size else sets * size

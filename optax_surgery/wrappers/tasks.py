@@ -150,6 +150,7 @@ def per_task(
         checks.no_gramian(name, extra_args.get("gramian"))
         tasks = core.tasks_of(name, task_updates, extra_args)
         checks.leading_axis(name, num_tasks, state)
+        checks.state(name, jax.eval_shape(init, core.rows(task_updates)), state)
         of_all = {"losses", "task_mask", "key"}
         extra_args = {key: value for key, value in extra_args.items() if key not in of_all}
         is_masked = "task_mask" in tasks.extra_args

@@ -642,7 +642,7 @@ def attentive_losses(num_tasks):
 
 @pytest.mark.parametrize("num_tasks", [8, 64])
 @pytest.mark.parametrize("make_losses", [deep_losses, attentive_losses])
-def test_streaming_takes_the_memory_of_one_gradient(make_losses, num_tasks):
+def test_an_exact_update_takes_no_more_memory_than_the_stack(make_losses, num_tasks):
     losses_fn, params = make_losses(num_tasks)
     tx = surgery.pcgrad()
 
@@ -650,9 +650,16 @@ def test_streaming_takes_the_memory_of_one_gradient(make_losses, num_tasks):
         analysis = jax.jit(fn).lower(*args).compile().memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
-    plain = memory(jax.value_and_grad(lambda params: losses_fn(params).sum()), params)
-    streamed = memory(surgery.surgery_value_and_grad(losses_fn, tx), params, tx.init(params))
-    assert streamed < 1.3 * plain
+    def by_stack(params, state):
+        _, task_grads = surgery.task_value_and_grad(losses_fn)(params)
+        return tx.update(task_grads, state, params)
+
+    state = tx.init(params)
+    stacked = memory(by_stack, params, state)
+    exact = memory(surgery.surgery_value_and_grad(losses_fn, tx), params, state)
+    assert exact <= 1.02 * stacked
+    if make_losses is deep_losses:  # whose matrices have more rows than go in
+        assert exact < 0.3 * stacked
 
 
 def test_a_loss_that_is_not_a_number_is_seen_in_the_update_streamed_as_stacked():

@@ -1,0 +1,354 @@
+r"""The gradient of a matrix as what went in times what came back, and what its ways cost.
+
+Where a program uses a matrix W of K x O numbers in y = x W, the gradient of loss i is
+:math:`x^\top d_i`, with :math:`d_i` the derivative of the loss by y. Its inner products
+:math:`\langle x^\top d_i, x^\top d_j\rangle = \sum_{pq} (x_p \cdot x_q) (d_{ip} \cdot d_{jq})`
+need no gradient, and the weighted sum :math:`x^\top \sum_i w_i d_i` needs but one. An embedding is
+the product whose x has a one in each row; there :math:`x_p \cdot x_q` asks for equal tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_surgery.programs import flat
+
+# What it costs to write a number and to read it again, in multiplications: measured on a CPU, where
+# a core multiplies 30 to 60 times as fast as its memory takes numbers.
+_MOVE = 16
+
+
+class Use(NamedTuple):
+    """A use of a parameter in a product, or as the table of an embedding.
+
+    Attributes:
+      leaf: the number of the parameter's value in the program.
+      chain: the equations that make the matrix of the parameter: casts, reshapes, transpositions.
+      equation: the product.
+      place: of the matrix among its operands.
+      size: (P, K, O), rows of x, rows and columns of the matrix as it is used.
+      axes: the parameter's axes that are the matrix's rows, where it has two axes, as the chain
+        and the product order them; None where that cannot be told.
+    """
+
+    leaf: int
+    chain: tuple[flat.Equation, ...]
+    equation: flat.Equation
+    place: int
+    size: tuple[int, int, int]
+    axes: tuple[int, ...] | None
+
+    @property
+    def matrix(self) -> int:
+        """The number of the value that is multiplied."""
+        number = self.equation.inputs[self.place]
+        assert number is not None
+        return number
+
+    @property
+    def output(self) -> int:
+        """The number of y."""
+        return self.equation.outputs[0]
+
+
+def use_of(
+    leaf: int, chain: Sequence[flat.Equation], equation: flat.Equation, place: int
+) -> Use | None:
+    """The use of a parameter in this equation, None where it is no product."""
+    eqn = equation.eqn
+    shapes = [var.aval.shape for var in eqn.invars]
+    if equation.name == "dot_general":
+        (contracted, batch) = eqn.params["dimension_numbers"]
+        if batch[0] or eqn.params.get("out_sharding") is not None:
+            return None
+        rows = contracted[place]
+        size = math.prod(shapes[place][axis] for axis in rows)
+        other = math.prod(shapes[1 - place])
+        sizes = (other // max(size, 1), size, math.prod(shapes[place]) // max(size, 1))
+    elif equation.name == "gather" and place == 0 and _takes_rows(eqn, shapes[0]):
+        rows = (0,)
+        columns = math.prod(shapes[0][1:])
+        sizes = (math.prod(eqn.outvars[0].aval.shape) // max(columns, 1), shapes[0][0], columns)
+    else:
+        return None
+    if not all(sizes):
+        return None
+    return Use(leaf, tuple(chain), equation, place, sizes, _axes(chain, rows, shapes[place]))
+
+
+def _takes_rows(eqn: Any, shape: tuple[int, ...]) -> bool:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    return (
+        not numbers.operand_batching_dims
+        and len(shape) > 1
+        and tuple(sizes) == (1, *shape[1:])
+        and jnp.issubdtype(eqn.invars[1].aval.dtype, jnp.integer)
+    )
+
+
+def _axes(
+    chain: Sequence[flat.Equation], rows: Sequence[int], shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The rows' axes before the chain, of a matrix that is cast and transposed only."""
+    if len(shape) != 2:
+        return None
+    axes = tuple(rows)
+    for equation in reversed(chain):
+        if equation.name == "transpose":
+            axes = tuple(equation.eqn.params["permutation"][axis] for axis in axes)
+        elif equation.name == "reshape":
+            return None
+    return axes
+
+
+# What goes in and what comes back, as matrices
+
+
+def left(use: Use, operand: jax.Array) -> jax.Array:
+    """x of shape (P, K), or (P,) tokens, of what the equation's other operand is."""
+    eqn = use.equation.eqn
+    if use.equation.name == "gather":
+        return _tokens(eqn, operand)
+    axes = eqn.params["dimension_numbers"][0][1 - use.place]
+    last = jnp.moveaxis(operand, axes, range(operand.ndim - len(axes), operand.ndim))
+    return last.reshape(use.size[0], use.size[1])
+
+
+def _tokens(eqn: Any, indices: jax.Array) -> jax.Array:
+    """The row that each index takes, after clipping; -1 where it is out of bounds and dropped."""
+    rows = lax.broadcasted_iota(jnp.int32, eqn.invars[0].aval.shape, 0)
+    taken = eqn.primitive.bind(rows, indices, **{**eqn.params, "fill_value": -1})
+    for axis in reversed(eqn.params["dimension_numbers"].offset_dims):
+        taken = lax.index_in_dim(taken, 0, axis, keepdims=False)
+    return taken.reshape(-1)
+
+
+def right(use: Use, cotangent: jax.Array) -> jax.Array:
+    """d of shape (P, O) of the derivative by y."""
+    eqn, (num_rows, _, columns) = use.equation.eqn, use.size
+    if use.equation.name == "gather":
+        offset = eqn.params["dimension_numbers"].offset_dims
+        ndim = cotangent.ndim
+        cotangent = jnp.moveaxis(cotangent, offset, range(ndim - len(offset), ndim))
+    elif use.place == 0:
+        contracted = eqn.params["dimension_numbers"][0][0]
+        free = eqn.invars[0].aval.ndim - len(contracted)
+        ndim = cotangent.ndim
+        cotangent = jnp.moveaxis(cotangent, range(free), range(ndim - free, ndim))
+    return cotangent.reshape(num_rows, columns)
+
+
+def gradient(use: Use, x: jax.Array, d: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The gradient of the parameter, of its shape and dtype, for one d of shape (P, O)."""
+    eqn = use.equation.eqn
+    matrix = eqn.invars[use.place].aval
+    wide = accumulation_dtype(x, d)
+    if use.equation.name == "gather":
+        rows = jnp.where(x < 0, use.size[1], x)
+        found = jnp.zeros((use.size[1], use.size[2]), wide)
+        found = found.at[rows].add(d.astype(wide), mode="drop").reshape(matrix.shape)
+    else:
+        x, d = same_dtype(x, d)
+        found = lax.dot_general(
+            x,
+            d,
+            (((0,), (0,)), ((), ())),
+            precision=eqn.params["precision"],
+            preferred_element_type=wide,
+        )
+        contracted = eqn.params["dimension_numbers"][0][use.place]
+        free = [axis for axis in range(matrix.ndim) if axis not in contracted]
+        order = [*contracted, *free]
+        found = found.reshape([matrix.shape[axis] for axis in order])
+        found = jnp.transpose(found, [order.index(axis) for axis in range(matrix.ndim)])
+    return _back(use, found, like)
+
+
+def weighted_gradient(weights: jax.Array, factors: "Factors", like: Any) -> jax.Array:
+    """The weighted sum of the gradients, in one product."""
+    use, x, d = factors
+    wide = accumulation_dtype(d)
+    if factors.owned:  # what comes back for each task's own rows
+        shape = (-1, 1, 1)
+        mixed = (weights.astype(wide).reshape(shape) * d.astype(wide)).reshape(-1, d.shape[-1])
+        return gradient(use, x.reshape(-1, *x.shape[2:]), mixed, like)
+    mixed = jnp.einsum(
+        "t,tpo->po", weights.astype(wide), d.astype(wide), precision=lax.Precision.HIGHEST
+    )
+    return gradient(use, x, mixed, like)
+
+
+def _back(use: Use, found: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """From the matrix's gradient to the parameter's: the chain's reshapes turned round."""
+    for equation in reversed(use.chain):
+        if equation.name == "transpose":
+            permutation = equation.eqn.params["permutation"]
+            found = jnp.transpose(found, [permutation.index(axis) for axis in range(found.ndim)])
+        else:
+            found = found.reshape(equation.eqn.invars[0].aval.shape)
+    return found.astype(like.dtype)
+
+
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype of sums of such numbers: float32, float64 for float64."""
+    floating = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    return jnp.promote_types(jnp.float32, jnp.result_type(*floating))
+
+
+def same_dtype(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in the wider of their dtypes."""
+    dtype = jnp.promote_types(x.dtype, d.dtype)
+    return x.astype(dtype), d.astype(dtype)
+
+
+# The Gramian of the products, without a gradient
+
+
+class Factors(NamedTuple):
+    """One use of a matrix by T tasks.
+
+    Attributes:
+      use: of the matrix.
+      x: (P, K) or (P,) tokens, the same for all tasks; or (T, P, K), (T, P) where each has data of
+        its own.
+      d: (T, P, O).
+    """
+
+    use: Use
+    x: jax.Array
+    d: jax.Array
+
+    @property
+    def owned(self) -> bool:
+        """Whether each task has data of its own."""
+        return self.x.ndim == (2 if self.is_embedding else 3)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether x is tokens."""
+        return jnp.issubdtype(self.x.dtype, jnp.integer)
+
+
+def gramian(uses: Sequence[Factors]) -> jax.Array:
+    """The (T, T) inner products of the gradients of one parameter, of all its uses."""
+    total = jnp.zeros((), jnp.float32)
+    for place, factors in enumerate(uses):
+        total = total + _own_products(factors)
+        for other in uses[:place]:
+            cross = _cross_products(factors, other)
+            total = total + cross + cross.T
+    return total
+
+
+def _own_products(factors: Factors) -> jax.Array:
+    return _equal_tokens(factors) if factors.is_embedding else _cross_products(factors, factors)
+
+
+def _equal_tokens(factors: Factors) -> jax.Array:
+    """Sums what came back for equal tokens, of which there are at most as many as rows."""
+    num_tasks, num_rows, columns = factors.d.shape
+    tokens = factors.x.reshape(-1)
+    values, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=-1)
+    del values
+    place = jnp.where(tokens < 0, tokens.size, place.reshape(-1))
+    place = jnp.broadcast_to(place.reshape(-1, num_rows), (num_tasks, num_rows))
+    # Of data of their own, tasks have at most all their tokens in common.
+    sums = jnp.zeros((num_tasks, tokens.size, columns), accumulation_dtype(factors.d))
+    task = jnp.arange(num_tasks)[:, None]
+    sums = sums.at[task, place].add(factors.d.astype(sums.dtype), mode="drop")
+    return _product("tpo,spo->ts", sums, sums)
+
+
+def _cross_products(one: Factors, other: Factors) -> jax.Array:
+    """The (T, T) inner products of the gradients from two uses of one matrix."""
+    rows, columns = (_with_tasks(one), _with_tasks(other)), (one.d, other.d)
+    if one.use.axes == other.use.axes:
+        by_rows = _inner(*rows)
+        if not one.owned:  # no task in it: T times fewer products than by columns
+            mixed = _product("pq,sqo->spo", by_rows[0, :, 0], other.d)
+            return _product("tpo,spo->ts", one.d, mixed)
+        return _product("tpsq,tpsq->ts", by_rows, _inner(*columns))
+    # The rows of the one are the columns of the other.
+    by_rows, by_columns = _inner(rows[0], other.d), _inner(one.d, rows[1])
+    if not one.owned:
+        return _product("psq,tpq->ts", by_rows[0], by_columns[:, :, 0])
+    return _product("tpsq,tpsq->ts", by_rows, by_columns)
+
+
+def _with_tasks(factors: Factors) -> jax.Array:
+    return factors.x if factors.owned else factors.x[None]
+
+
+def _inner(one: jax.Array, other: jax.Array) -> jax.Array:
+    """(T, P, T, Q) inner products of rows; one of them, or both, may be tokens."""
+    if one.ndim == 2 and other.ndim == 2:
+        equal = (one[:, :, None, None] == other[None, None]) & (one >= 0)[:, :, None, None]
+        return equal.astype(jnp.float32)
+    if other.ndim == 2:
+        return jnp.moveaxis(_inner(other, one), (0, 1), (2, 3))
+    if one.ndim == 2:  # the products with ones at the tokens' places
+        taken = jnp.take(other, jnp.maximum(one, 0), axis=2)
+        taken = jnp.where((one >= 0)[None, None], taken, 0)
+        return jnp.moveaxis(taken, (2, 3), (0, 1)).astype(accumulation_dtype(other))
+    return _product("tpk,sqk->tpsq", one, other)
+
+
+def _product(subscripts: str, one: jax.Array, other: jax.Array) -> jax.Array:
+    one, other = same_dtype(one, other)
+    return jnp.einsum(
+        subscripts,
+        one,
+        other,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=accumulation_dtype(one, other),
+    )
+
+
+# What the ways cost, in multiplications
+
+
+def product_cost(uses: Sequence[Use], num_tasks: int, owned: bool) -> int:
+    """Of the inner products by what went in and what came back."""
+    total = 0
+    for place, use in enumerate(uses):
+        num_rows, rows, columns = use.size
+        everywhere = num_tasks * num_rows
+        if use.equation.name == "gather":
+            tokens = everywhere if owned else num_rows
+            total += num_tasks**2 * tokens * columns + 2 * _MOVE * num_tasks * tokens * columns
+        elif owned:
+            total += everywhere**2 * (rows + columns + 2 * _MOVE)
+            total += num_tasks * num_rows * rows * columns  # the update
+        else:
+            total += num_rows**2 * (rows + num_tasks * columns + _MOVE)
+            total += num_tasks * num_rows * columns * (num_tasks + 2 * _MOVE)
+            total += num_rows * rows * columns  # the update
+        for other in uses[:place]:
+            pairs = num_rows * other.size[0]
+            total += num_tasks**2 * pairs * (2 * _MOVE)
+            total += (num_tasks if not owned else num_tasks**2) * pairs * (rows + columns)
+    return total
+
+
+def stack_cost(uses: Sequence[Use], num_tasks: int, owned: bool) -> int:
+    """Of T gradients, their inner products, and their weighted sum."""
+    del owned  # a task's gradient takes its own rows, or all: as many
+    num_entries = uses[0].size[1] * uses[0].size[2]
+    total = num_tasks * num_entries * (num_tasks + 3 * _MOVE)
+    for use in uses:
+        if use.equation.name == "gather":
+            total += 2 * _MOVE * num_tasks * use.size[0] * use.size[2]
+        else:
+            total += num_tasks * use.size[0] * num_entries
+    return total
+
+
+def kept_numbers(use: Use, num_tasks: int, owned: bool) -> int:
+    """How many numbers x and d are."""
+    num_rows, rows, columns = use.size
+    x = num_rows * (1 if use.equation.name == "gather" else rows)
+    return num_tasks * num_rows * columns + (num_tasks * x if owned else x)

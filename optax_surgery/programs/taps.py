@@ -1,0 +1,234 @@
+"""The Gramian of parameters within loops and rematerialised parts, which hand nothing out.
+
+A tap is a vector of T zeros beside the parameters, and what comes back for it, in a backward pass
+that `vmap` runs for all tasks, is by definition a row of the Gramian. Within the body of a `scan`
+it is summed up as any constant's derivative is: one layer's products live as long as that layer's
+part of the pass. What is not multiplied in the body as a matrix is tapped where it comes in, as it
+is: its T gradients are formed, contracted and let go.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.extend import core as jax_core
+
+from optax_surgery import trees
+from optax_surgery.programs import flat, outer_products
+
+REMATERIALISED = frozenset(["checkpoint", "remat", "remat2"])
+CHAIN = frozenset(["convert_element_type", "reshape", "transpose", "copy", "copy_p"])
+
+
+def marked_places(equation: flat.Equation) -> range:
+    """The operands of an equation that can be tapped within: slices of a loop, all of a part."""
+    if equation.name == "scan":
+        params = equation.eqn.params
+        return range(params["num_consts"] + params["num_carry"], len(equation.inputs))
+    if equation.name in REMATERIALISED:
+        return range(len(equation.inputs))
+    return range(0)
+
+
+def run(
+    equation: flat.Equation, operands: Sequence[Any], marks: Sequence[bool], tap: jax.Array
+) -> list[Any]:
+    """Runs a loop or a rematerialised part, with the marked operands tapped.
+
+    Args:
+      equation: one of those that `marked_places` knows.
+      operands: all of its operands, literals too.
+      marks: which of them are parameters.
+      tap: (T,) zeros.
+    """
+    if equation.name == "scan":
+        return _scan(equation.eqn, operands, marks, tap)
+    params = equation.eqn.params
+    inner = jax_core.ClosedJaxpr(params["jaxpr"], ())
+    names = ("prevent_cse", "policy")
+    run_part = jax.checkpoint(
+        lambda tap, *operands: _run(inner, operands, marks, tap),
+        **{name: params[name] for name in names},
+    )
+    return run_part(tap, *operands)
+
+
+def _scan(
+    eqn: jax_core.JaxprEqn, operands: Sequence[Any], marks: Sequence[bool], tap: jax.Array
+) -> list[Any]:
+    params = eqn.params
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+
+    def body(carry, slices):
+        outputs = _run(params["jaxpr"], [*consts, *carry, *slices], marks, tap)
+        return outputs[:num_carry], outputs[num_carry:]
+
+    carry, stacked = lax.scan(
+        body,
+        list(carry),
+        list(operands[num_consts + num_carry :]),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *stacked]
+
+
+def _run(
+    closed: jax_core.ClosedJaxpr, operands: Sequence[Any], marks: Sequence[bool], tap: jax.Array
+) -> list[Any]:
+    """Runs a program; each marked value meets the tap once, where it is multiplied or comes in."""
+    program = flat.flatten(closed)
+    number_of_uses = Counter(
+        number for equation in program.equations for number in equation.inputs if number is not None
+    )
+    number_of_uses.update(number for number in program.outputs if isinstance(number, int))
+    values: dict[int, Any] = dict(program.constants)
+    chains: dict[int, list[flat.Equation]] = {}  # of values that have not met the tap
+
+    def write(number, value, chain):
+        if chain is not None and number_of_uses[number] != 1:
+            value, chain = _tapped(value, tap), None
+        values[number] = value
+        if chain is not None:
+            chains[number] = chain
+
+    for number, operand, mark in zip(program.inputs, operands, marks, strict=True):
+        write(number, operand, [] if mark else None)
+    for equation in program.equations:
+        untapped = [place for place, number in enumerate(equation.inputs) if number in chains]
+        if untapped and equation.name in CHAIN:
+            chain = [*chains[equation.inputs[0]], equation]  # pyright: ignore[reportArgumentType]
+            (value,) = flat.run_equation(equation, [values[equation.inputs[0]]])  # pyright: ignore
+            write(equation.outputs[0], value, chain)
+            continue
+        outputs = _outputs(equation, untapped, chains, values, tap)
+        for number, value in zip(equation.outputs, outputs, strict=True):
+            values[number] = value
+    return [
+        output.value if isinstance(output, flat.Literal) else _settled(output, chains, values, tap)
+        for output in program.outputs
+    ]
+
+
+def _settled(number: int, chains: dict[int, Any], values: dict[int, Any], tap: jax.Array) -> Any:
+    return _tapped(values[number], tap) if number in chains else values[number]
+
+
+def _outputs(
+    equation: flat.Equation,
+    untapped: Sequence[int],
+    chains: dict[int, list[flat.Equation]],
+    values: dict[int, Any],
+    tap: jax.Array,
+) -> list[Any]:
+    within = marked_places(equation)
+    if untapped and all(place in within for place in untapped):
+        marks = [place in untapped for place in range(len(equation.inputs))]
+        return run(equation, operands_of(equation, values), marks, tap)
+    if len(untapped) == 1:
+        (place,) = untapped
+        use = outer_products.use_of(-1, (), equation, place)
+        if use is not None and equation.name == "dot_general":
+            x, matrix = values[equation.inputs[1 - place]], values[equation.inputs[place]]  # pyright: ignore
+            return [_multiplied(use, tap)(x, matrix, tap)]
+    operands = [
+        _settled(number, chains, values, tap) for number in equation.inputs if number is not None
+    ]
+    return flat.run_equation(equation, operands)
+
+
+def operands_of(equation: flat.Equation, values: dict[int, Any]) -> list[Any]:
+    """The values of all operands of an equation, literals too."""
+    return [
+        var.val if number is None else values[number]
+        for var, number in zip(equation.eqn.invars, equation.inputs, strict=True)
+    ]
+
+
+def _tapped(leaf: jax.Array, tap: jax.Array) -> jax.Array:
+    """A parameter as it is, of which the tap takes the inner products."""
+    num_tasks = tap.size
+
+    @custom_vmap
+    def row(gradient):  # only ever run for all tasks at once
+        return jnp.zeros(num_tasks, tap.dtype)
+
+    @row.def_vmap
+    def rows(axis_size, in_batched, gradients):
+        assert axis_size == num_tasks
+        return trees.gramian(gradients).astype(tap.dtype), True
+
+    @jax.custom_vjp
+    def identity(leaf, tap):
+        return leaf
+
+    def forward(leaf, tap):
+        return leaf, None
+
+    def backward(_, gradient):
+        return gradient, row(gradient)
+
+    identity.defvjp(forward, backward)
+    return identity(leaf, tap)
+
+
+def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Array]:
+    """The product of x and a matrix, of whose gradients the tap takes the inner products."""
+    num_tasks, dtype = tap.size, tap.dtype
+
+    def product(x, matrix):
+        operands = [x, matrix] if use.place else [matrix, x]
+        return flat.run_equation(use.equation, operands)[0]
+
+    @custom_vmap
+    def row(x, cotangent):  # only ever run for all tasks at once
+        return jnp.zeros(num_tasks, dtype)
+
+    @row.def_vmap
+    def rows(axis_size, in_batched, x, cotangent):
+        assert axis_size == num_tasks
+        owned, has_d = in_batched
+        if not has_d:
+            cotangent = jnp.broadcast_to(cotangent, (num_tasks, *cotangent.shape))
+        x = (
+            jax.vmap(lambda x: outer_products.left(use, x))(x)
+            if owned
+            else outer_products.left(use, x)
+        )
+        d = jax.vmap(lambda d: outer_products.right(use, d))(cotangent)
+        return _inner_products(outer_products.Factors(use, x, d)).astype(dtype), True
+
+    @jax.custom_vjp
+    def multiply(x, matrix, tap):
+        return product(x, matrix)
+
+    def forward(x, matrix, tap):
+        return product(x, matrix), (x, matrix)
+
+    def backward(operands, cotangent):
+        derivatives = jax.vjp(product, *operands)[1](cotangent)
+        return *derivatives, row(operands[0], cotangent)
+
+    multiply.defvjp(forward, backward)
+    return multiply
+
+
+def _inner_products(factors: outer_products.Factors) -> jax.Array:
+    """By what is cheaper; either way no more than one matrix's gradients are formed."""
+    use, num_tasks = factors.use, factors.d.shape[0]
+    costs = [
+        cost([use], num_tasks, factors.owned)
+        for cost in (outer_products.product_cost, outer_products.stack_cost)
+    ]
+    if costs[0] <= costs[1]:
+        return outer_products.gramian([factors])
+    subscripts = "tpk,tpo->tko" if factors.owned else "pk,tpo->tko"
+    x, d = outer_products.same_dtype(factors.x, factors.d)
+    stack = jnp.einsum(subscripts, x, d, precision=use.equation.eqn.params["precision"])
+    return trees.gramian(stack)
