@@ -74,6 +74,10 @@ def gramian_of_leaves(
     return functools.reduce(jnp.add, sums)
 
 
+# Both products are programs of their own, so that leaves of one shape are traced and lowered once.
+
+
+@jax.jit
 def leaf_combination(
     weights: jax.Array, rows: jax.Array, *, task_mask: jax.Array | None = None
 ) -> jax.Array:
@@ -100,6 +104,7 @@ def leaf_combination(
     )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _leaf_gramian(stacks, scale, *, dtype):
     left, right = stacks[0], stacks[-1]
     operands = (left, right) if scale is None else (left, right, scale)

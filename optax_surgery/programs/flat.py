@@ -132,17 +132,6 @@ def run_equation(equation: Equation, operands: list[Any]) -> list[Any]:
     return _function(equation.eqn)(*operands)
 
 
-def function_of(equations: list[Equation], argument: int, result: int) -> Callable[[Any], Any]:
-    """A chain of equations as a function of one value."""
-
-    def run(value):
-        values = {argument: value}
-        evaluate(equations, values)
-        return values[result]
-
-    return run
-
-
 def _function(eqn: jax_core.JaxprEqn) -> Callable[..., list[Any]]:
     variables = [var for var in eqn.invars if not isinstance(var, jax_core.Literal)]
     jaxpr = jax_core.Jaxpr(
@@ -177,6 +166,12 @@ def is_differentiable(aval: Any) -> bool:
     """Whether a value of this kind has a derivative."""
     dtype = getattr(aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def is_floating(aval: Any) -> bool:
+    """Whether a value of this kind is of real floating-point numbers."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def dependents(program: Program, leaves: Sequence[int]) -> set[int]:

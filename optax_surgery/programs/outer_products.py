@@ -7,6 +7,7 @@ need no gradient, and the weighted sum :math:`x^\top \sum_i w_i d_i` needs but o
 the product whose x has a one in each row; there :math:`x_p \cdot x_q` asks for equal tokens.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,8 +32,8 @@ class Use(NamedTuple):
       equation: the product.
       place: of the matrix among its operands.
       size: (P, K, O), rows of x, rows and columns of the matrix as it is used.
-      axes: the parameter's axes that are the matrix's rows, where it has two axes, as the chain
-        and the product order them; None where that cannot be told.
+      axes: the parameter's axis that is the matrix's rows, where it has two axes of which the
+        product takes one; None where that cannot be told.
     """
 
     leaf: int
@@ -60,8 +61,10 @@ def use_of(
 ) -> Use | None:
     """The use of a parameter in this equation, None where it is no product."""
     eqn = equation.eqn
-    shapes = [var.aval.shape for var in eqn.invars]
+    shapes = [flat.shape_of(var.aval) for var in eqn.invars]
     if equation.name == "dot_general":
+        if not all(flat.is_floating(var.aval) for var in eqn.invars):
+            return None
         (contracted, batch) = eqn.params["dimension_numbers"]
         if batch[0] or eqn.params.get("out_sharding") is not None:
             return None
@@ -94,7 +97,7 @@ def _axes(
     chain: Sequence[flat.Equation], rows: Sequence[int], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """The rows' axes before the chain, of a matrix that is cast and transposed only."""
-    if len(shape) != 2:
+    if len(shape) != 2 or len(rows) != 1:
         return None
     axes = tuple(rows)
     for equation in reversed(chain):
@@ -108,14 +111,18 @@ def _axes(
 # What goes in and what comes back, as matrices
 
 
-def left(use: Use, operand: jax.Array) -> jax.Array:
-    """x of shape (P, K), or (P,) tokens, of what the equation's other operand is."""
+def left(use: Use, operand: jax.Array, owned: bool = False) -> jax.Array:
+    """x of shape (P, K), or (P,) tokens, of what the equation's other operand is.
+
+    With data of each task's own, the operand and x have a leading task axis.
+    """
     eqn = use.equation.eqn
     if use.equation.name == "gather":
-        return _tokens(eqn, operand)
+        tokens = functools.partial(_tokens, eqn)
+        return (jax.vmap(tokens) if owned else tokens)(operand)
     axes = eqn.params["dimension_numbers"][0][1 - use.place]
-    last = jnp.moveaxis(operand, axes, range(operand.ndim - len(axes), operand.ndim))
-    return last.reshape(use.size[0], use.size[1])
+    x = _at_the_end(operand, [axis + owned for axis in axes])
+    return x.reshape(*operand.shape[:owned], *use.size[:2])
 
 
 def _tokens(eqn: Any, indices: jax.Array) -> jax.Array:
@@ -127,43 +134,36 @@ def _tokens(eqn: Any, indices: jax.Array) -> jax.Array:
     return taken.reshape(-1)
 
 
-def right(use: Use, cotangent: jax.Array) -> jax.Array:
-    """d of shape (P, O) of the derivative by y."""
+def right(use: Use, cotangent: jax.Array, stacked: bool = False) -> jax.Array:
+    """d of shape (P, O) of the derivative by y; (T, P, O) if T of them are stacked."""
     eqn, (num_rows, _, columns) = use.equation.eqn, use.size
+    columns_at: Sequence[int] = ()
     if use.equation.name == "gather":
-        offset = eqn.params["dimension_numbers"].offset_dims
-        ndim = cotangent.ndim
-        cotangent = jnp.moveaxis(cotangent, offset, range(ndim - len(offset), ndim))
+        columns_at = eqn.params["dimension_numbers"].offset_dims
     elif use.place == 0:
         contracted = eqn.params["dimension_numbers"][0][0]
-        free = eqn.invars[0].aval.ndim - len(contracted)
-        ndim = cotangent.ndim
-        cotangent = jnp.moveaxis(cotangent, range(free), range(ndim - free, ndim))
-    return cotangent.reshape(num_rows, columns)
+        columns_at = range(eqn.invars[0].aval.ndim - len(contracted))
+    d = _at_the_end(cotangent, [axis + stacked for axis in columns_at])
+    return d.reshape(*cotangent.shape[:stacked], num_rows, columns)
 
 
-def gradient(use: Use, x: jax.Array, d: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _at_the_end(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    others = [axis for axis in range(array.ndim) if axis not in axes]
+    order = [*others, *axes]
+    return array if order == list(range(array.ndim)) else lax.transpose(array, order)
+
+
+def gradient(use: Use, x: jax.Array, d: jax.Array, like: Any) -> jax.Array:
     """The gradient of the parameter, of its shape and dtype, for one d of shape (P, O)."""
     eqn = use.equation.eqn
     matrix = eqn.invars[use.place].aval
-    wide = accumulation_dtype(x, d)
     if use.equation.name == "gather":
-        rows = jnp.where(x < 0, use.size[1], x)
-        found = jnp.zeros((use.size[1], use.size[2]), wide)
-        found = found.at[rows].add(d.astype(wide), mode="drop").reshape(matrix.shape)
-    else:
-        x, d = same_dtype(x, d)
-        found = lax.dot_general(
-            x,
-            d,
-            (((0,), (0,)), ((), ())),
-            precision=eqn.params["precision"],
-            preferred_element_type=wide,
-        )
-        contracted = eqn.params["dimension_numbers"][0][use.place]
-        free = [axis for axis in range(matrix.ndim) if axis not in contracted]
-        order = [*contracted, *free]
-        found = found.reshape([matrix.shape[axis] for axis in order])
+        return _back(use, _scattered(x, d, use.size[1]).reshape(matrix.shape), like)
+    found = _x_times_d(x, d, eqn.params["precision"])
+    contracted = eqn.params["dimension_numbers"][0][use.place]
+    order = [*contracted, *(axis for axis in range(matrix.ndim) if axis not in contracted)]
+    found = found.reshape([matrix.shape[axis] for axis in order])
+    if order != sorted(order):
         found = jnp.transpose(found, [order.index(axis) for axis in range(matrix.ndim)])
     return _back(use, found, like)
 
@@ -171,18 +171,45 @@ def gradient(use: Use, x: jax.Array, d: jax.Array, like: jax.ShapeDtypeStruct) -
 def weighted_gradient(weights: jax.Array, factors: "Factors", like: Any) -> jax.Array:
     """The weighted sum of the gradients, in one product."""
     use, x, d = factors
-    wide = accumulation_dtype(d)
     if factors.owned:  # what comes back for each task's own rows
-        shape = (-1, 1, 1)
-        mixed = (weights.astype(wide).reshape(shape) * d.astype(wide)).reshape(-1, d.shape[-1])
-        return gradient(use, x.reshape(-1, *x.shape[2:]), mixed, like)
-    mixed = jnp.einsum(
+        return gradient(use, x.reshape(-1, *x.shape[2:]), _weighted_rows(weights, d), like)
+    return gradient(use, x, _weighted_sum(weights, d), like)
+
+
+# Matrices of one shape are traced and lowered once.
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def _x_times_d(x, d, precision):
+    wide = accumulation_dtype(x, d)
+    x, d = same_dtype(x, d)
+    dimensions = (((0,), (0,)), ((), ()))
+    return lax.dot_general(x, d, dimensions, precision=precision, preferred_element_type=wide)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _scattered(tokens, d, num_rows):
+    d = d.astype(accumulation_dtype(d))
+    rows = jnp.where(tokens < 0, num_rows, tokens)
+    return jnp.zeros((num_rows, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
+
+
+@jax.jit
+def _weighted_sum(weights, d):
+    wide = accumulation_dtype(d)
+    return jnp.einsum(
         "t,tpo->po", weights.astype(wide), d.astype(wide), precision=lax.Precision.HIGHEST
     )
-    return gradient(use, x, mixed, like)
 
 
-def _back(use: Use, found: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+@jax.jit
+def _weighted_rows(weights, d):
+    wide = accumulation_dtype(d)
+    rows = lax.expand_dims(weights.astype(wide), (1, 2)) * d.astype(wide)
+    return rows.reshape(-1, d.shape[-1])
+
+
+def _back(use: Use, found: jax.Array, like: Any) -> jax.Array:
     """From the matrix's gradient to the parameter's: the chain's reshapes turned round."""
     for equation in reversed(use.chain):
         if equation.name == "transpose":
@@ -235,52 +262,65 @@ class Factors(NamedTuple):
 
 def gramian(uses: Sequence[Factors]) -> jax.Array:
     """The (T, T) inner products of the gradients of one parameter, of all its uses."""
-    total = jnp.zeros((), jnp.float32)
-    for place, factors in enumerate(uses):
-        total = total + _own_products(factors)
+    total = None
+    for place, one in enumerate(uses):
+        if one.is_embedding:
+            own = _equal_tokens(one.x, one.d)
+        else:
+            own = _cross_products((one.x, one.d), (one.x, one.d), one.owned, True)
+        total = own if total is None else total + own
         for other in uses[:place]:
-            cross = _cross_products(factors, other)
+            same_sides = one.use.axes == other.use.axes
+            cross = _cross_products((one.x, one.d), (other.x, other.d), one.owned, same_sides)
             total = total + cross + cross.T
+    assert total is not None
     return total
 
 
-def _own_products(factors: Factors) -> jax.Array:
-    return _equal_tokens(factors) if factors.is_embedding else _cross_products(factors, factors)
-
-
-def _equal_tokens(factors: Factors) -> jax.Array:
+@jax.jit
+def _equal_tokens(x: jax.Array, d: jax.Array) -> jax.Array:
     """Sums what came back for equal tokens, of which there are at most as many as rows."""
-    num_tasks, num_rows, columns = factors.d.shape
-    tokens = factors.x.reshape(-1)
-    values, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=-1)
-    del values
-    place = jnp.where(tokens < 0, tokens.size, place.reshape(-1))
-    place = jnp.broadcast_to(place.reshape(-1, num_rows), (num_tasks, num_rows))
+    num_tasks, num_rows, columns = d.shape
+    tokens = x.reshape(-1)
+    _, place = jnp.unique(tokens, return_inverse=True, size=tokens.size, fill_value=-1)
+    place = jnp.where(tokens < 0, tokens.size, place.reshape(-1)).reshape(-1, num_rows)
+    place = jnp.broadcast_to(place, (num_tasks, num_rows))
     # Of data of their own, tasks have at most all their tokens in common.
-    sums = jnp.zeros((num_tasks, tokens.size, columns), accumulation_dtype(factors.d))
+    sums = jnp.zeros((num_tasks, tokens.size, columns), accumulation_dtype(d))
     task = jnp.arange(num_tasks)[:, None]
-    sums = sums.at[task, place].add(factors.d.astype(sums.dtype), mode="drop")
+    sums = sums.at[task, place].add(d.astype(sums.dtype), mode="drop")
     return _product("tpo,spo->ts", sums, sums)
 
 
-def _cross_products(one: Factors, other: Factors) -> jax.Array:
-    """The (T, T) inner products of the gradients from two uses of one matrix."""
-    rows, columns = (_with_tasks(one), _with_tasks(other)), (one.d, other.d)
-    if one.use.axes == other.use.axes:
-        by_rows = _inner(*rows)
-        if not one.owned:  # no task in it: T times fewer products than by columns
-            mixed = _product("pq,sqo->spo", by_rows[0, :, 0], other.d)
-            return _product("tpo,spo->ts", one.d, mixed)
-        return _product("tpsq,tpsq->ts", by_rows, _inner(*columns))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _cross_products(
+    one: tuple[jax.Array, jax.Array],
+    other: tuple[jax.Array, jax.Array],
+    owned: bool,
+    same_sides: bool,
+) -> jax.Array:
+    """The (T, T) inner products of the gradients from two uses of one matrix, x and d of each.
+
+    Args:
+      one: x and d of the one use.
+      other: those of the other.
+      owned: whether each task has data of its own.
+      same_sides: whether the x of both go with the rows of the matrix.
+    """
+    (one_x, one_d), (other_x, other_d) = one, other
+    if not owned:
+        one_x, other_x = one_x[None], other_x[None]
+    if same_sides:
+        by_rows = _inner(one_x, other_x)
+        if not owned:  # no task in it: T times fewer products than by columns
+            mixed = _product("pq,sqo->spo", by_rows[0, :, 0], other_d)
+            return _product("tpo,spo->ts", one_d, mixed)
+        return _product("tpsq,tpsq->ts", by_rows, _inner(one_d, other_d))
     # The rows of the one are the columns of the other.
-    by_rows, by_columns = _inner(rows[0], other.d), _inner(one.d, rows[1])
-    if not one.owned:
+    by_rows, by_columns = _inner(one_x, other_d), _inner(one_d, other_x)
+    if not owned:
         return _product("psq,tpq->ts", by_rows[0], by_columns[:, :, 0])
     return _product("tpsq,tpsq->ts", by_rows, by_columns)
-
-
-def _with_tasks(factors: Factors) -> jax.Array:
-    return factors.x if factors.owned else factors.x[None]
 
 
 def _inner(one: jax.Array, other: jax.Array) -> jax.Array:

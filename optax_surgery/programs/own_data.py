@@ -64,13 +64,15 @@ class Backward:
         if chunk_size is not None:  # else the activations of all tasks would be held
             run = jax.checkpoint(run)
         self.losses, self._pull, self.value = jax.vjp(
-            lambda params: self._map(lambda args: run(params, args)), self._params, has_aux=True
+            lambda params: self._map(lambda args: run(params, args), self._args),
+            self._params,
+            has_aux=True,
         )
 
-    def _map(self, function: Callable[[Any], Any]) -> Any:
+    def _map(self, function: Callable[[Any], Any], operands: Any) -> Any:
         if self._chunk_size is not None:
-            return lax.map(function, self._args, batch_size=self._chunk_size)
-        return jax.vmap(function)(self._args)
+            return lax.map(function, operands, batch_size=self._chunk_size)
+        return jax.vmap(function)(operands)
 
     def _inputs(self, args):
         inputs = zip(self._program.inputs, [*self._params, *args], strict=True)
@@ -85,7 +87,7 @@ class Backward:
         """The (T, T) Gramian of the chosen parameters, and what is kept for `update`."""
         program, self._plan = self._program, self._planned()
         planned = self._plan
-        zeros, tap = planned.zeros(), jnp.zeros(self.num_tasks, self._dtype)
+        zeros, taps = planned.zeros(), jnp.zeros((self.num_tasks, self.num_tasks), self._dtype)
         by_vjp = [self._params[place] for place in planned.by_vjp]
 
         def loss_of(by_vjp, zeros, tap, args):
@@ -96,7 +98,7 @@ class Backward:
 
         back = jax.grad(loss_of, argnums=(0, 1, 2), has_aux=True)
         (found, cotangents, within), operands = self._map(
-            lambda args: back(by_vjp, zeros, tap, args)
+            lambda operands: back(by_vjp, zeros, *operands), (taps, self._args)
         )
         stacks = [
             None if way.name == "product" else plan.zeros_like(like, self.num_tasks)

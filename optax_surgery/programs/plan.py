@@ -71,7 +71,7 @@ def choose_ways(
             if number not in chains or not reaches[index][place].union():
                 continue
             leaf, chain = chains[number]
-            if is_shared[index] and equation.name in taps.CHAIN:
+            if is_shared[index] and taps.goes_on(equation):
                 chains[equation.outputs[0]] = (leaf, [*chain, equation])
                 continue
             use = None
@@ -80,6 +80,8 @@ def choose_ways(
                 if use is None and place in taps.marked_places(equation):
                     use = _WITHIN
             uses[leaf].append(use or equation.name)
+    for number in set(program.outputs[:1]) & set(chains):
+        uses[chains[number][0]].append("the losses themselves")
     return [_way(uses[leaf], num_tasks, owned) for leaf in leaves]
 
 
@@ -166,9 +168,9 @@ class Plan:
             if any(marks) and taps.marked_places(equation):
                 return taps.run(equation, taps.operands_of(equation, values), marks, tap)
             found = flat.run_equation(equation, operands)
-            if equation.outputs[0] in self._outputs:
-                found = [found[0] + zeros[equation.outputs[0]]]
-            return found
+            if self._outputs.isdisjoint(equation.outputs):
+                return found
+            return [found[0] + zeros[equation.outputs[0]]]
 
         flat.evaluate(equations, values, outputs_of)
 
@@ -179,11 +181,8 @@ class Plan:
 
         def of_use(use):
             x, d = operands[_operand(use)], cotangents[use.output]
-            left = lambda x: outer_products.left(use, x)  # noqa: E731
-            right = lambda d: outer_products.right(use, d)  # noqa: E731
-            return outer_products.Factors(
-                use, (jax.vmap(left) if owned else left)(x), jax.vmap(right)(d)
-            )
+            left = outer_products.left(use, x, owned)
+            return outer_products.Factors(use, left, outer_products.right(use, d, stacked=True))
 
         return [
             [of_use(use) for use in way.uses] if way.name == "product" else [] for way in self.ways
@@ -259,7 +258,7 @@ def _chained(program: flat.Program, leaves: Iterable[int]) -> set[int]:
     """The values that are these parameters, cast, reshaped or transposed."""
     found = set(leaves)
     for equation in program.equations:
-        if equation.name in taps.CHAIN and equation.inputs[0] in found:
+        if taps.goes_on(equation) and equation.inputs[0] in found:
             found.update(equation.outputs)
     return found
 

@@ -24,13 +24,19 @@ _ELEMENTWISE = frozenset(
     sqrt square sub tan tanh xor""".split()  # noqa: SIM905
 )
 _CALLS = frozenset(
-    """jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call custom_vjp_call
-    custom_vjp_call_jaxpr custom_vmap_call""".split()  # noqa: SIM905
+    """jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call
+    custom_vmap_call""".split()  # noqa: SIM905
 )
+# What comes back through these is the user's choice, whatever the function within does.
+_WITH_RULES_BACK = frozenset(["custom_vjp_call", "custom_vjp_call_jaxpr"])
 
 
 class Reach(NamedTuple):
-    """The losses that a value reaches: one set, or one for every index along an axis."""
+    """The losses that a value reaches: one set, or one for every index along an axis.
+
+    It reaches those whose derivative by it may be something else than zero: what is rounded to
+    integers or compared on the way does not.
+    """
 
     sets: tuple[frozenset[int], ...] = (frozenset(),)
     axis: int | None = None
@@ -89,6 +95,10 @@ def reached(program: flat.Program, losses: int) -> tuple[list[Reach], list[list[
 
 def _operands(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
     """What the operands of an equation reach through it."""
+    outputs = [
+        output if flat.is_differentiable(var.aval) else NOTHING
+        for output, var in zip(outputs, eqn.outvars, strict=True)
+    ]
     if not any(output.union() for output in outputs):
         return [NOTHING] * len(eqn.invars)
     name, params = eqn.primitive.name, eqn.params
@@ -100,9 +110,15 @@ def _operands(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
         return [_everything(outputs), *joined]
     if name == "stop_gradient":
         return [NOTHING]
+    if name in _WITH_RULES_BACK:
+        return [_everything(outputs)] * len(eqn.invars)
     inner = _inner(eqn)
     if inner is not None and len(inner.invars) == len(eqn.invars):
-        return _through(inner, outputs)
+        operands = _through(inner, outputs)
+        if name == "custom_jvp_call":  # whose rule may use what its function does not
+            everything = _everything(outputs)
+            operands = [operand if operand.union() else everything for operand in operands]
+        return operands
     shapes = [flat.shape_of(var.aval) for var in eqn.invars]
     if name in ("split", "unstack"):
         return [_put_together(eqn, shapes[0], outputs)]
@@ -202,7 +218,7 @@ def _put_together(eqn: jax_core.JaxprEqn, shape: tuple[int, ...], outputs: list[
     if all(output.axis in (None, axis) for output in outputs):
         rows = [_repeated(output.sets, size) for output, size in zip(outputs, sizes, strict=True)]
         return Reach(tuple(itertools.chain(*rows)), axis)
-    return _joined(outputs)
+    return _joined([output.whole() if output.axis == axis else output for output in outputs])
 
 
 def _sliced(params: dict[str, Any], shape: tuple[int, ...], output: Reach) -> Reach:

@@ -1,7 +1,9 @@
 """The Gramian of parameters within loops and rematerialised parts, which hand nothing out.
 
 A tap is a vector of T zeros beside the parameters, and what comes back for it, in a backward pass
-that `vmap` runs for all tasks, is by definition a row of the Gramian. Within the body of a `scan`
+that `vmap` runs for all tasks, is by definition a row of the Gramian. Where tasks have data of
+their own, each has a tap of its own: what comes back of a term without data is the same for all,
+and `vmap` would pass it by. Within the body of a `scan`
 it is summed up as any constant's derivative is: one layer's products live as long as that layer's
 part of the pass. What is not multiplied in the body as a matrix is tapped where it comes in, as it
 is: its T gradients are formed, contracted and let go.
@@ -21,7 +23,12 @@ from optax_surgery import trees
 from optax_surgery.programs import flat, outer_products
 
 REMATERIALISED = frozenset(["checkpoint", "remat", "remat2"])
-CHAIN = frozenset(["convert_element_type", "reshape", "transpose", "copy", "copy_p"])
+_CHAIN = frozenset(["convert_element_type", "reshape", "transpose", "copy", "copy_p"])
+
+
+def goes_on(equation: flat.Equation) -> bool:
+    """Whether this makes of a parameter the same numbers in another dtype, shape or order."""
+    return equation.name in _CHAIN and flat.is_floating(equation.eqn.outvars[0].aval)
 
 
 def marked_places(equation: flat.Equation) -> range:
@@ -102,7 +109,7 @@ def _run(
         write(number, operand, [] if mark else None)
     for equation in program.equations:
         untapped = [place for place, number in enumerate(equation.inputs) if number in chains]
-        if untapped and equation.name in CHAIN:
+        if untapped and goes_on(equation):
             chain = [*chains[equation.inputs[0]], equation]  # pyright: ignore[reportArgumentType]
             (value,) = flat.run_equation(equation, [values[equation.inputs[0]]])  # pyright: ignore
             write(equation.outputs[0], value, chain)
@@ -156,12 +163,13 @@ def _tapped(leaf: jax.Array, tap: jax.Array) -> jax.Array:
     num_tasks = tap.size
 
     @custom_vmap
-    def row(gradient):  # only ever run for all tasks at once
+    def row(gradient, tap):  # only ever run for all tasks at once
         return jnp.zeros(num_tasks, tap.dtype)
 
     @row.def_vmap
-    def rows(axis_size, in_batched, gradients):
+    def rows(axis_size, in_batched, gradients, tap):
         assert axis_size == num_tasks
+        gradients = _for_tasks(gradients, in_batched[0], num_tasks)
         return trees.gramian(gradients).astype(tap.dtype), True
 
     @jax.custom_vjp
@@ -169,13 +177,17 @@ def _tapped(leaf: jax.Array, tap: jax.Array) -> jax.Array:
         return leaf
 
     def forward(leaf, tap):
-        return leaf, None
+        return leaf, tap
 
-    def backward(_, gradient):
-        return gradient, row(gradient)
+    def backward(tap, gradient):
+        return gradient, row(gradient, tap)
 
     identity.defvjp(forward, backward)
     return identity(leaf, tap)
+
+
+def _for_tasks(array: jax.Array, has_axis: bool, num_tasks: int) -> jax.Array:
+    return array if has_axis else jnp.broadcast_to(array, (num_tasks, *array.shape))
 
 
 def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Array]:
@@ -187,15 +199,14 @@ def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Ar
         return flat.run_equation(use.equation, operands)[0]
 
     @custom_vmap
-    def row(x, cotangent):  # only ever run for all tasks at once
+    def row(x, cotangent, tap):  # only ever run for all tasks at once
         return jnp.zeros(num_tasks, dtype)
 
     @row.def_vmap
-    def rows(axis_size, in_batched, x, cotangent):
+    def rows(axis_size, in_batched, x, cotangent, tap):
         assert axis_size == num_tasks
-        owned, has_d = in_batched
-        if not has_d:
-            cotangent = jnp.broadcast_to(cotangent, (num_tasks, *cotangent.shape))
+        owned, has_d, _ = in_batched
+        cotangent = _for_tasks(cotangent, has_d, num_tasks)
         x = (
             jax.vmap(lambda x: outer_products.left(use, x))(x)
             if owned
@@ -209,11 +220,12 @@ def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Ar
         return product(x, matrix)
 
     def forward(x, matrix, tap):
-        return product(x, matrix), (x, matrix)
+        return product(x, matrix), (x, matrix, tap)
 
-    def backward(operands, cotangent):
-        derivatives = jax.vjp(product, *operands)[1](cotangent)
-        return *derivatives, row(operands[0], cotangent)
+    def backward(kept, cotangent):
+        x, matrix, tap = kept
+        derivatives = jax.vjp(product, x, matrix)[1](cotangent)
+        return *derivatives, row(x, cotangent, tap)
 
     multiply.defvjp(forward, backward)
     return multiply
