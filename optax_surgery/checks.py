@@ -951,15 +951,15 @@ def given_gramian(name: str) -> NoReturn:
     )
 
 
-def no_gramian(name: str, value: Any) -> None:
-    """For what works on the gradients themselves."""
+def no_gramian(name: str, value: Any, instead: str = "") -> None:
+    """For what works on the gradients themselves; `instead` says what else there is to do."""
     if value is not None:
         refuse(
             "stacked gradients alone",
             "a Gramian",
             name,
             "It works on the gradients and not on their Gramian: leave out `gramian`, and what "
-            "makes one (`every`, `monitor`, `surgery_value_and_grad`, ...).",
+            f"makes one (`every`, `monitor`, `surgery_value_and_grad`, ...).{instead}",
         )
 
 

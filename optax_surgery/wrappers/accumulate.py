@@ -96,7 +96,8 @@ def accumulate(
         )
 
     def update(task_updates, state, params, extra_args):
-        checks.no_gramian(name, extra_args.get("gramian"))
+        instead = " Or average the losses over micro-batches where they are computed, in a scan."
+        checks.no_gramian(name, extra_args.get("gramian"), instead)
         checks.leading_axis(name, num_tasks, (state.averages, state.losses, state.num_gradients))
         checks.state_of_leaves(name, checks.paths(task_updates), checks.paths(state.averages))
         tasks = core.tasks_of(name, task_updates, extra_args)

@@ -44,7 +44,7 @@ def every(surgery: core.Surgery, k: int, num_tasks: int) -> core.Surgery:
 
     Note:
       A task that is masked when the weights are renewed keeps the weight that it had, zero at
-      first.
+      first. Under `vmap`, as over seeds, a step in which no seed renews costs as little as without.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -64,14 +64,18 @@ def every(surgery: core.Surgery, k: int, num_tasks: int) -> core.Surgery:
         return EveryState(jnp.zeros((), jnp.int32), jnp.zeros(num_tasks), surgery.init(()))
 
     def update(tasks, state):
+        due = state.age == 0
+        kept = state.weights_in_use, state.inner_state
+
         def renew():
             weights, inner_state = core.weights_of(surgery, tasks, state.inner_state)
             weights = weights.astype(state.weights_in_use.dtype)
-            return jnp.where(tasks.task_mask, weights, state.weights_in_use), inner_state
+            weights = jnp.where(tasks.task_mask, weights, state.weights_in_use)
+            return jax.tree.map(
+                lambda new, old: jnp.where(due, new, old), (weights, inner_state), kept
+            )
 
-        weights, inner_state = lax.cond(
-            state.age == 0, renew, lambda: (state.weights_in_use, state.inner_state)
-        )
+        weights, inner_state = lax.cond(trees.everywhere(~due), lambda: kept, renew)
         return weights, EveryState((state.age + 1) % k, weights, inner_state)
 
     return core.gradient_surgery(core.Weighting(init, update), name=name, num_tasks=num_tasks)
@@ -109,7 +113,8 @@ def start_after(surgery: core.Surgery, step: int) -> core.Surgery:
 
     Note:
       The mean is that of the tasks which are not masked. An update that is a sum, as PCGrad's,
-      is about T times as long: with SGD, scale it by 1/T.
+      is about T times as long: with SGD, scale it by 1/T. Under `vmap`, as over seeds, every step
+      costs as much as one in which the surgery runs.
 
     Examples:
       >>> import jax.numpy as jnp

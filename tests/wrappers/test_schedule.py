@@ -120,3 +120,25 @@ def test_the_mean_before_is_that_of_the_tasks_with_data():
     tx, (task_grads,) = surgery.start_after(surgery.pcgrad(), 5), gradients(1)
     updates, _ = tx.update(with_nan_row(task_grads), tx.init(PARAMS), task_mask=NAN_ROW)
     assert_close(updates, jax.tree.map(lambda leaf: (leaf[0] + leaf[2]) / 2, task_grads))
+
+
+def test_under_vmap_a_step_in_which_no_copy_renews_its_weights_finds_no_gramian():
+    tx = surgery.every(surgery.pcgrad(), 2, NUM_TASKS)
+    looks = []
+
+    def step(task_grads, state):
+        def gramian():
+            jax.debug.callback(lambda: looks.append(1))
+            return surgery.gramian(task_grads)
+
+        return tx.update(task_grads, state, gramian=gramian)
+
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients(3))
+    state = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(3))
+    looked = []
+    for _ in range(4):
+        _, state = jax.block_until_ready(jax.jit(jax.vmap(step))(stack, state))
+        jax.effects_barrier()
+        looked.append(len(looks))
+        looks.clear()
+    assert [bool(number) for number in looked] == [True, False, True, False]
