@@ -19,10 +19,27 @@ GRADS = {"trunk": jnp.array([[1.0, 0.0], [-1.0, 1.0]]), "head": jnp.array([0.0, 
 LOSSES = {"fit": jnp.asarray(1.0), "decay": jnp.asarray(2.0)}  # in the order decay, fit
 
 
-@pytest.fixture(autouse=True)
-def _nothing_outlives_its_trace():
+def traced(update, *args, **kwargs):
+    """The shapes of its results; nothing outlives its trace."""
     with jax.check_tracer_leaks():
-        yield
+        return jax.eval_shape(update, *args, **kwargs)
+
+
+def checked(update, jit=True):
+    """It, with `jit` or without; nothing outlives its trace.
+
+    Under that check JAX keeps no program, so that with `jit` it is traced, and then run without.
+    """
+    compiled = jax.jit(update)
+
+    def run(*args, **kwargs):
+        if jit:
+            traced(update, *args, **kwargs)
+            return compiled(*args, **kwargs)
+        with jax.check_tracer_leaks():
+            return update(*args, **kwargs)
+
+    return run
 
 
 def rule(look, name="rule"):
@@ -88,7 +105,7 @@ LOOKS = {  # and the weights of the first two steps
 def test_a_rule_may_look_in_any_branch_and_afterwards(look, jit):
     tx = rule(look)
     state = tx.init(PARAMS)
-    update = jax.jit(tx.update) if jit else tx.update
+    update = checked(tx.update, jit)
     for weights in LOOKS[look]:
         updates, state = update(GRADS, state, PARAMS)
         assert_close(updates, surgery.combine(jnp.asarray(weights, "f4"), GRADS))
@@ -97,7 +114,7 @@ def test_a_rule_may_look_in_any_branch_and_afterwards(look, jit):
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_rule_within_others_may_look_in_any_branch_and_afterwards(look):
     tx = surgery.every(surgery.monitor(T, surgery.clip_tasks(rule(look), 100.0)), 1, T)
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    state, update = tx.init(PARAMS), checked(tx.update)
     for weights in LOOKS[look]:
         updates, state = update(GRADS, state, PARAMS)
         assert_close(updates, surgery.combine(jnp.asarray(weights, "f4"), GRADS))
@@ -119,9 +136,9 @@ NEVER_LOOK = {
 def test_a_rule_that_never_looks_calls_for_no_gramian(name):
     tx = NEVER_LOOK[name]()
     update = functools.partial(tx.update, gramian=refuse_to_run, losses=LOSSES)
-    jax.eval_shape(update, GRADS, tx.init(PARAMS), PARAMS)
+    traced(update, GRADS, tx.init(PARAMS), PARAMS)
     if name in ("sum", "every, famo"):  # without `jit`, too
-        update(GRADS, tx.init(PARAMS), PARAMS)
+        checked(update, jit=False)(GRADS, tx.init(PARAMS), PARAMS)
 
 
 def test_the_given_gramian_need_not_be_symmetric():
@@ -137,7 +154,7 @@ def test_every_within_every_finds_weights_in_common_steps_only():
     inner = surgery.every(surgery.pcgrad(), 2, T)
     tx = surgery.every(inner, 3, T)
     function, calls = counted()
-    update = jax.jit(functools.partial(tx.update, gramian=function))
+    update = checked(functools.partial(tx.update, gramian=function))
     state, history = tx.init(PARAMS), []
     for _ in range(7):
         updates, state = update(GRADS, state, PARAMS)
@@ -173,7 +190,7 @@ def test_a_function_for_the_gramian_passes_through(name, jit):
     updates, _ = surgery.pcgrad().update(GRADS, surgery.pcgrad().init(None), gramian=gramian)
     expected = updates | ({"head": GRADS["head"].sum()} if name == "on_shared" else {})
     update = functools.partial(tx.update, gramian=lambda: gramian, losses=LOSSES)
-    got, _ = (jax.jit(update) if jit else update)(GRADS, tx.init(PARAMS), PARAMS)
+    got, _ = checked(update, jit)(GRADS, tx.init(PARAMS), PARAMS)
     assert_close(got, expected)
 
 
@@ -193,7 +210,8 @@ def test_a_function_for_the_gramian_in_an_nnx_optimizer(jit):
         optimizer.update(model, grads, gramian=lambda: gramian, losses=LOSSES)
         return before - model.bias[...]
 
-    update = (nnx.jit(step) if jit else step)(model, optimizer)
+    with jax.check_tracer_leaks():
+        update = (nnx.jit(step) if jit else step)(model, optimizer)
     weights, _ = surgery.pcgrad().update(
         jnp.eye(T), surgery.pcgrad().init(None), gramian=jnp.array([[1.0, -2.0], [-2.0, 16.0]])
     )
@@ -206,7 +224,7 @@ def test_an_average_of_gramians_is_refused_under_accumulate(jit):
     update = functools.partial(tx.update, gramian=lambda: jnp.eye(T))
     message = "Expected stacked gradients alone, got a Gramian at 'accumulate'"
     with pytest.raises(ValueError, match=message):
-        (jax.jit(update) if jit else update)(GRADS, tx.init(PARAMS), PARAMS)
+        checked(update, jit)(GRADS, tx.init(PARAMS), PARAMS)
     fn = surgery.surgery_value_and_grad(lambda params: [params["head"], params["head"] ** 2], tx)
     with pytest.raises(ValueError, match=f"{message}.*surgery_value_and_grad"):
         fn(PARAMS, tx.init(PARAMS))
@@ -216,7 +234,7 @@ def test_an_average_of_gramians_is_refused_under_accumulate(jit):
 def test_on_nonfinite_and_a_surgery_within_make_the_gramian_once(make):
     tx = surgery.on_nonfinite(make())
     function, calls = counted()
-    update = functools.partial(tx.update, gramian=function)
+    update = checked(functools.partial(tx.update, gramian=function), jit=False)
     update(GRADS, tx.init(PARAMS), PARAMS)
     assert num_calls(calls) == 1
 
@@ -225,7 +243,7 @@ def test_where_weights_are_reused_on_nonfinite_sees_losses_and_the_update_only()
     chain = optax.chain(surgery.every(surgery.pcgrad(), 2, T), optax.adam(1e-2))
     tx = surgery.on_nonfinite(chain)
     function, calls = counted()
-    update = jax.jit(functools.partial(tx.update, gramian=function))
+    update = checked(functools.partial(tx.update, gramian=function))
     _, first = update(GRADS, tx.init(PARAMS), PARAMS, losses=LOSSES)
     looked = num_calls(calls)
     assert looked >= 1
@@ -276,7 +294,7 @@ REFUSED = "Expected the Gramian of two batches, from the caller, got that of one
 def test_what_needs_two_batches_is_refused_where_one_gramian_is_made(name, around):
     tx = MAKE_A_GRAMIAN[around](OF_TWO_BATCHES[name]())
     with pytest.raises(ValueError, match=REFUSED.format(name)):
-        jax.eval_shape(tx.update, GRADS, tx.init(PARAMS), PARAMS)
+        traced(tx.update, GRADS, tx.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("name", OF_TWO_BATCHES)
@@ -284,7 +302,7 @@ def test_what_needs_two_batches_is_refused_by_surgery_value_and_grad(name):
     tx = OF_TWO_BATCHES[name]()
     fn = surgery.surgery_value_and_grad(lambda params: [params["head"], params["head"] ** 2], tx)
     with pytest.raises(ValueError, match=REFUSED.format(name)):
-        jax.eval_shape(fn, PARAMS, tx.init(PARAMS))
+        traced(fn, PARAMS, tx.init(PARAMS))
 
 
 @pytest.mark.parametrize("name", OF_TWO_BATCHES)
@@ -296,10 +314,10 @@ def test_a_gramian_of_two_batches_from_the_caller_reaches_the_rule(name, around)
     tx = MAKE_A_GRAMIAN[around](plain)
     for given in (cross, lambda: cross):
         update = functools.partial(tx.update, gramian=given)
-        jax.eval_shape(update, GRADS, tx.init(PARAMS), PARAMS)
+        traced(update, GRADS, tx.init(PARAMS), PARAMS)
     if around == "every":
         expected, _ = plain.update(GRADS, plain.init(PARAMS), gramian=cross)
-        assert_close(jax.jit(update)(GRADS, tx.init(PARAMS), PARAMS)[0], expected)
+        assert_close(checked(update)(GRADS, tx.init(PARAMS), PARAMS)[0], expected)
 
 
 # What is declared a surgery
@@ -331,10 +349,10 @@ def test_what_is_declared_a_surgery_is_one_for_wrappers(name, wrap):
     tx = wrap(declared)
     assert isinstance(tx, surgery.Surgery)
     if wrap is surgery.leafwise or name == "inject_hyperparams":
-        updates, _ = jax.eval_shape(tx.update, GRADS, tx.init(PARAMS), PARAMS)
+        updates, _ = traced(tx.update, GRADS, tx.init(PARAMS), PARAMS)
         assert described(updates) == described(PARAMS)
     else:
-        updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
+        updates, _ = checked(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
         assert_close(updates, declared.update(GRADS, declared.init(PARAMS), PARAMS)[0])
 
 
@@ -342,7 +360,7 @@ def test_what_is_declared_a_surgery_is_one_for_wrappers(name, wrap):
 def test_a_schedule_of_a_number_within_what_makes_a_gramian(around):
     """The schedule goes on with the steps in which the weights are found."""
     tx = MAKE_A_GRAMIAN[around](DECLARED["inject_hyperparams"]())
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    state, update = tx.init(PARAMS), checked(tx.update)
     for _ in range(3):
         _, state = update(GRADS, state, PARAMS)
     injected = state.weighting_state.inner_state
@@ -389,15 +407,16 @@ def test_names_of_losses_reach_a_tree_of_the_method(name):
         update = functools.partial(tx.update, **extra_args)
         return run(update, GRADS, tx.init(PARAMS), PARAMS)[0]
 
-    updates = run(lambda fn, *args: jax.jit(fn)(*args), {"fit": 0.5, "decay": 0.25}, losses=LOSSES)
+    of_both = {"fit": 0.5, "decay": 0.25}
+    updates = run(lambda update, *args: checked(update)(*args), of_both, losses=LOSSES)
     expected = surgery.combine(jnp.array([0.25, 0.5]), GRADS)
     assert_close(updates, expected)
     message = r"Expected the tasks \['decay', 'fit'\] of `{}`, got"
     with pytest.raises(ValueError, match=message.format("losses")):
-        run(jax.eval_shape, others, losses=LOSSES)
+        run(traced, others, losses=LOSSES)
     if name not in ("accumulate", "all"):  # whose own masks have the names of the losses
         with pytest.raises(ValueError, match=message.format("task_mask")):
-            run(jax.eval_shape, others, task_mask=mask)
+            run(traced, others, task_mask=mask)
 
 
 def test_names_reach_a_method_that_cannot_use_all_losses():

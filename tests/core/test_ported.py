@@ -114,7 +114,7 @@ def train_pinn(tx, num_steps):
         updates, state = tx.update(task_grads, state, params, losses=losses)
         return number + 1, eqx.apply_updates(params, updates), state, losses
 
-    start = 0, params, tx.init(params), fn(params)[0]
+    start = 0, params, tx.init(params), jax.jit(fn)(params)[0]
     run = jax.jit(lambda carry: lax.while_loop(lambda carry: carry[0] < num_steps, body, carry))
     _, _, state, losses = run(start)
     return start[-1], losses, state

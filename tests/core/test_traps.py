@@ -54,7 +54,8 @@ def pcgrad_update(task_grads=GRADS, params=PARAMS):
 def after_surgery(tx, params=PARAMS, task_grads=GRADS, **extra_args):
     """One update of an optimiser that is given what PCGrad makes of the gradients."""
     tx = optax.with_extra_args_support(tx)
-    return tx.update(pcgrad_update(task_grads, params), tx.init(params), params, **extra_args)[0]
+    update = jax.jit(lambda *args: tx.update(*args, **extra_args))
+    return update(pcgrad_update(task_grads, params), tx.init(params), params)[0]
 
 
 def first_update(tx, task_grads=GRADS, params=PARAMS, jit=True, **extra_args):
@@ -447,14 +448,18 @@ def test_inject_hyperparams_with_a_number_of_tasks():
     assert_close(first_update(make(num_tasks=T), losses=LOSSES), expected)
 
 
+def numbers_of(method):
+    """The arguments whose default is a float."""
+    arguments = inspect.signature(method).parameters.values()
+    return {each.name: each.default for each in arguments if isinstance(each.default, float)}
+
+
 def methods_with_numbers():
-    """(method, argument) for every public method with a float among its arguments."""
     return [
-        pytest.param(getattr(surgery, name), argument, id=f"{name}-{argument.name}")
+        getattr(surgery, name)
         for name in dir(surgery)
         if getattr(getattr(surgery, name), "__module__", "").startswith("optax_surgery.methods.")
-        for argument in inspect.signature(getattr(surgery, name)).parameters.values()
-        if isinstance(argument.default, float)
+        and numbers_of(getattr(surgery, name))
     ]
 
 
@@ -473,22 +478,23 @@ REQUIRED = {  # what methods ask for by name
 }
 
 
-@pytest.mark.parametrize(("method", "argument"), methods_with_numbers())
-def test_inject_hyperparams_with_a_number_under_jit(method, argument):
-    """One number is injected, as a schedule of it would be; the other arguments are static."""
+@pytest.mark.parametrize("method", methods_with_numbers(), ids=lambda method: method.__name__)
+def test_inject_hyperparams_with_numbers_under_jit(method):
+    """They are injected, as schedules of them would be; the other arguments are static."""
+    numbers = numbers_of(method)
     arguments = inspect.signature(method).parameters.values()
     required = {
         other.name: REQUIRED[other.name]
         for other in arguments
         if other.default is inspect.Parameter.empty
     }
-    static = [other.name for other in arguments if other.name != argument.name]
+    static = [other.name for other in arguments if other.name not in numbers]
     extra = {"losses": LOSSES}
     if method in (surgery.modo, surgery.sdmgrad):
         extra["gramian"] = surgery.gramian(GRADS)
     make = optax.inject_hyperparams(method, static_args=static)
-    injected = make(**required, **{argument.name: argument.default})
-    assert argument.name in injected.init(PARAMS).hyperparams
+    injected = make(**required, **numbers)
+    assert numbers.keys() <= injected.init(PARAMS).hyperparams.keys()
     assert_close(first_update(injected, **extra), first_update(method(**required), **extra))
 
 

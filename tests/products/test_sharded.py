@@ -145,7 +145,7 @@ json.dump(report, sys.stdout)
 
 @pytest.fixture(scope="module")
 def report():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
