@@ -51,7 +51,7 @@ def errors(case, batch):
     return np.where(unsolvable, 0, found)
 
 
-# On the Jacobians of rank 2 that other seeds give, the geometric median is up to 4e-2 off.
+# With other seeds of the first, the geometric median of deficient Jacobians is up to 4e-2 off.
 @deterministic
 @pytest.mark.parametrize(("num_tasks", "size", "seed"), [(4, 6, 2), (20, 24, 0)])
 def test_equals_the_papers_rule_in_float64(case, num_tasks, size, seed):
