@@ -562,6 +562,13 @@ def extra_args(value: Any) -> None:
         refuse("a dict of arguments for the surgery", _described(value), "extra_args", remedy)
 
 
+def explained(found: list[Any]) -> None:
+    """Refuses a function in which no surgery chose ways for its parameters."""
+    if not found:
+        remedy = "Pass what `surgery_value_and_grad(losses_fn, surgery)` returns."
+        refuse("a function of losses and updates", "another one", "fn", remedy)
+
+
 def differentiable(params: Any) -> None:
     """Refuses parameters that have no derivative, as `jax.grad` does; they may be complex."""
     for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import jax
-from jax import lax
 
 from optax_surgery import checks, core, trees
 from optax_surgery.programs import flat, own_data, plan, reach, shared_data
+from optax_surgery.programs.over_tasks import OverTasks
 
 Shared = Any  # booleans like the parameters, paths, or a function of a leaf's path
 Params = TypeVar("Params")
@@ -124,6 +124,7 @@ def per_task_value_and_grad(
     loss_fn: Callable[Concatenate[Params, P], Losses],
     has_aux: bool = False,
     chunk_size: int | None = None,
+    spmd_axis_name: Any = None,
 ) -> Callable[Concatenate[Params, P], tuple[Losses, Any]]:
     """Makes a function of the losses and gradients of tasks that have data of their own.
 
@@ -132,6 +133,10 @@ def per_task_value_and_grad(
         `has_aux` a pair of it and anything.
       has_aux: whether `loss_fn` returns a pair.
       chunk_size: how many tasks are differentiated at once, at least 1; all by default.
+      spmd_axis_name: the axis of a mesh over which the tasks lie, or a tuple of axes, as of
+        `jax.vmap`: constraints on shardings within `loss_fn` then leave each task where it is, and
+        the stack is moved to where the parameters lie. On an Explicit mesh it is known from the
+        positional arguments.
 
     Returns:
       `fn(params, *args, **kwargs)`, with the positional arguments of all tasks stacked on a leading
@@ -168,13 +173,18 @@ def per_task_value_and_grad(
             value = loss_fn(params, *task_args, **kwargs)
             return checks.loss(checks.before_aux(value, has_aux, call)), value
 
+        leaves, structure = jax.tree.flatten(params)
+        over = OverTasks(leaves, args, chunk_size, spmd_axis_name)
+        params = jax.tree.unflatten(structure, over.params)
+
         def value_and_grad(task_args):
             grad, value = jax.grad(loss_of, has_aux=True)(params, task_args)
-            return value, grad
+            return value, jax.tree.leaves(grad)
 
-        if chunk_size is None:
-            return jax.vmap(value_and_grad)(args)
-        return lax.map(value_and_grad, args, batch_size=chunk_size)
+        value, grads = over.map(value_and_grad, args)
+        one_task = jax.tree.map(over.one_task, args)
+        grads = over.stacked(grads, lambda: jax.make_jaxpr(loss_of)(params, one_task))
+        return value, jax.tree.unflatten(structure, grads)
 
     return fn
 
@@ -277,6 +287,7 @@ def per_task_surgery_value_and_grad(
     shared: Shared | None = None,
     others: Literal["sum", "weighted"] = "sum",
     chunk_size: int | None = None,
+    spmd_axis_name: Any = None,
 ) -> SurgeryFn:
     r"""Makes a function of the losses and the update, for tasks that have data of their own.
 
@@ -293,6 +304,7 @@ def per_task_surgery_value_and_grad(
       others: one of "sum" and "weighted", as in `surgery_value_and_grad`.
       chunk_size: how many tasks are run at once, at least 1; all by default. Fewer take less memory
         for activations, which are then computed twice.
+      spmd_axis_name: as in `per_task_value_and_grad`.
 
     Returns:
       `fn(params, state, *args, extra_args=None, **kwargs)`, with the positional arguments of all
@@ -345,7 +357,7 @@ def per_task_surgery_value_and_grad(
             value = loss_fn(params, *task_args, **kwargs)
             return checks.loss(checks.before_aux(value, has_aux, call)), value
 
-        passes = own_data.Backward(loss_of, params, args, chunk_size)
+        passes = own_data.Backward(loss_of, params, args, chunk_size, spmd_axis_name)
         for_surgery = _with_losses(passes.losses, extra_args)
         grads, new_state = _operated(passes, surgery, state, mask, others, for_surgery)
         return (passes.value, grads), new_state
@@ -353,7 +365,7 @@ def per_task_surgery_value_and_grad(
     return fn
 
 
-def explain_leaves(fn: SurgeryFn, params: Any, /, *args: Any, **kwargs: Any) -> dict[str, str]:
+def explain_leaves(fn: SurgeryFn, params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Tells how the inner products of each parameter's task gradients are found, and why.
 
     Args:
@@ -367,6 +379,9 @@ def explain_leaves(fn: SurgeryFn, params: Any, /, *args: Any, **kwargs: Any) -> 
       came back: no gradient is formed), "stack" (of T gradients), "slices" (within a loop or a
       rematerialised part, a slice at a time), or "unused".
 
+    Raises:
+      ValueError: if `fn` is another function.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_surgery as surgery
@@ -378,9 +393,11 @@ def explain_leaves(fn: SurgeryFn, params: Any, /, *args: Any, **kwargs: Any) -> 
       >>> {path: way.split(":")[0] for path, way in ways.items()}
       {'bias': 'stack', 'kernel': 'product'}
     """
+    checks.function("fn", fn)
     found: list[Any] = []
     with plan.watched(found.append):
-        jax.make_jaxpr(lambda params: fn(params, *args, **kwargs)[0][1])(params)
+        jax.eval_shape(lambda params: fn(params, *args, **kwargs), params)
+    checks.explained(found)
     texts = [f"{way.name}: {way.why}" for way in found[-1]]
     return dict(zip(checks.paths(params), texts, strict=True))
 
@@ -547,7 +564,8 @@ def infer_shared(
 
     Note:
       One leaf that holds the heads of all tasks, a matrix with a column for each, counts as
-      shared. So does what goes into an operation that mixes the tasks.
+      shared. So does what goes into an operation that mixes the tasks, or into a `custom_vjp` for
+      several of them, whose rule may. What is rounded to integers or compared takes no part.
 
     Examples:
       >>> import jax.numpy as jnp

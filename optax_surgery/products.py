@@ -113,7 +113,7 @@ def _leaf_gramian(stacks, scale, *, dtype):
         replicated = NamedSharding(sharding.mesh, PartitionSpec(None, None))
         return _gramian_dot(*operands, dtype=dtype, sharding=replicated)
     # A loop over blocks of a leaf that the partitioner shards would gather it.
-    cpu = _gramian_dot if _may_be_partitioned(left) else _gramian_cpu
+    cpu = _gramian_dot if may_be_partitioned(left) else _gramian_cpu
     forms = {"cpu": cpu, "tpu": _gramian_tpu, "cuda": _gramian_gpu, "default": _gramian_dot}
     symmetric = len(stacks) == 1
     forms = {
@@ -169,7 +169,7 @@ def _gramian_gpu(left, right, scale=None, *, symmetric, dtype):
     does not divide evenly it first copies the rows to pad them. It leaves a batch alone that is
     already large, or whose pieces are short.
     """
-    if _may_be_partitioned(left):
+    if may_be_partitioned(left):
         return _gramian_dot(left, right, scale, dtype=dtype)
     num_tasks = left.shape[0]
     left, right = (rows.reshape(num_tasks, -1) for rows in (left, right))
@@ -323,7 +323,7 @@ def _combination_cpu(weights, rows, task_mask=None):
     if num_tasks <= _FEW_FOR_COMBINATION:
         return functools.reduce(jnp.add, _terms(weights, rows, task_mask))
     # A loop over tasks that the partitioner shards would gather them.
-    if task_mask is None or _may_be_partitioned(rows):
+    if task_mask is None or may_be_partitioned(rows):
         return _combination_dot(weights, rows, task_mask)
 
     # A product of matrices would first copy the rows without those that are masked.
@@ -374,7 +374,7 @@ def _is_sharded_by_task(sharding):
     return sharding.spec[0] is not None
 
 
-def _may_be_partitioned(rows):
+def may_be_partitioned(rows):
     """Whether XLA may split this array over devices behind our back.
 
     An array on a mesh says so in its type, and within `shard_map` it is a device's own shard.

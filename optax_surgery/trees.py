@@ -99,7 +99,7 @@ def gramian_and_scale(
     scale = jnp.where(peak < least, shift, 1.0 / shift).astype(plain.dtype)
     in_range = (peak >= least) & (peak <= largest)
     found = lax.cond(
-        _everywhere(in_range),
+        everywhere(in_range),
         lambda: plain,
         lambda: jnp.where(
             in_range, plain, mask_gramian(task_mask, _scaled_gramian(task_updates, None, scale))
@@ -139,7 +139,7 @@ def relative_gramian(
         return mask_gramian(task_mask, _scaled_gramian(task_updates, None, scales)), scales
 
     ones = jnp.ones_like(squares)
-    return lax.cond(_everywhere(jnp.all(in_range)), lambda: (plain, ones), apart)
+    return lax.cond(everywhere(jnp.all(in_range)), lambda: (plain, ones), apart)
 
 
 def largest_coordinates(task_updates: optax.Updates) -> jax.Array:
@@ -164,7 +164,7 @@ def _range_of_squares(task_updates: optax.Updates, dtype: jnp.dtype) -> tuple[fl
 
 
 @jax.custom_batching.custom_vmap
-def _everywhere(condition: jax.Array) -> jax.Array:
+def everywhere(condition: jax.Array) -> jax.Array:
     """The condition, and under `vmap` whether it holds in the whole batch.
 
     `vmap` turns a `cond` with a batched predicate into a choice between both branches, which would
@@ -173,10 +173,10 @@ def _everywhere(condition: jax.Array) -> jax.Array:
     return condition
 
 
-@_everywhere.def_vmap
+@everywhere.def_vmap
 def _everywhere_in_a_batch(axis_size, in_batched, condition):
     del axis_size, in_batched
-    return _everywhere(jnp.all(condition, axis=0)), False
+    return everywhere(jnp.all(condition, axis=0)), False
 
 
 def gramian_dtype(tree: Any) -> jnp.dtype:

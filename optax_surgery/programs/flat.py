@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jax_core
 
 _CALLS = frozenset(["jit", "pjit", "closed_call", "core_call"])
@@ -133,7 +134,12 @@ def run_equation(equation: Equation, operands: list[Any]) -> list[Any]:
 
 
 def _function(eqn: jax_core.JaxprEqn) -> Callable[..., list[Any]]:
-    variables = [var for var in eqn.invars if not isinstance(var, jax_core.Literal)]
+    # One for each operand: those that were one value may differ, as where each has its own copy.
+    invars = [
+        var if isinstance(var, jax_core.Literal) else jax_core.Var(var.aval) for var in eqn.invars
+    ]
+    eqn = eqn.replace(invars=invars)
+    variables = [var for var in invars if not isinstance(var, jax_core.Literal)]
     jaxpr = jax_core.Jaxpr(
         constvars=[],
         invars=variables,
@@ -174,6 +180,25 @@ def is_floating(aval: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
+def is_sharded(aval: Any) -> bool:
+    """Whether the type of a value says over which axes of a mesh it is sharded."""
+    spec = getattr(getattr(aval, "sharding", None), "spec", None)
+    return spec is not None and any(axis is not None for axis in spec)
+
+
+def varying_axes(array_or_aval: Any) -> frozenset[str]:
+    """The axes of a mesh that a value varies over from device to device, within `shard_map`."""
+    aval = jax.typeof(array_or_aval) if isinstance(array_or_aval, jax.Array) else array_or_aval
+    kind = getattr(aval, "manual_axis_type", None)  # of JAX 0.10; before, an attribute of its own
+    return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
+
+
+def varying_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The same on each device, as a value that varies over these axes too."""
+    missing = tuple(sorted(axes - varying_axes(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
 def dependents(program: Program, leaves: Sequence[int]) -> set[int]:
     """The values that have a derivative by the leaves."""
     found = {leaf for leaf in leaves if is_differentiable(program.avals[leaf])}
@@ -202,3 +227,26 @@ def returned(program: Program, values: dict[int, Any]) -> list[Any]:
         output.value if isinstance(output, Literal) else values[output]
         for output in program.outputs
     ]
+
+
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many constants and how many carried values a `scan` has.
+
+    Slices have an axis more outside of its body, and so have outputs that are stacked. (What JAX
+    calls these numbers differs from version to version.)
+    """
+    body = opened(eqn.params["jaxpr"])
+
+    def are_whole(outside, inside):
+        return sum(
+            len(shape_of(a.aval)) == len(shape_of(b.aval))
+            for a, b in zip(outside, inside, strict=True)
+        )
+
+    num_carry = are_whole(eqn.outvars, body.outvars)
+    return are_whole(eqn.invars, body.invars) - num_carry, num_carry
+
+
+def opened(jaxpr: Any) -> jax_core.Jaxpr:
+    """A program within an equation, without its constants if it holds them."""
+    return getattr(jaxpr, "jaxpr", jaxpr)

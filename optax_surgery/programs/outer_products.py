@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_surgery import products
 from optax_surgery.programs import flat
 
 # What it costs to write a number and to read it again, in multiplications: measured on a CPU, where
@@ -62,6 +63,8 @@ def use_of(
     """The use of a parameter in this equation, None where it is no product."""
     eqn = equation.eqn
     shapes = [flat.shape_of(var.aval) for var in eqn.invars]
+    if any(flat.is_sharded(var.aval) for var in (*eqn.invars, *eqn.outvars)):
+        return None  # products of such rows want to be told where they lie
     if equation.name == "dot_general":
         if not all(flat.is_floating(var.aval) for var in eqn.invars):
             return None
@@ -128,6 +131,7 @@ def left(use: Use, operand: jax.Array, owned: bool = False) -> jax.Array:
 def _tokens(eqn: Any, indices: jax.Array) -> jax.Array:
     """The row that each index takes, after clipping; -1 where it is out of bounds and dropped."""
     rows = lax.broadcasted_iota(jnp.int32, eqn.invars[0].aval.shape, 0)
+    rows = flat.varying_over(rows, flat.varying_axes(indices))
     taken = eqn.primitive.bind(rows, indices, **{**eqn.params, "fill_value": -1})
     for axis in reversed(eqn.params["dimension_numbers"].offset_dims):
         taken = lax.index_in_dim(taken, 0, axis, keepdims=False)
@@ -169,11 +173,18 @@ def gradient(use: Use, x: jax.Array, d: jax.Array, like: Any) -> jax.Array:
 
 
 def weighted_gradient(weights: jax.Array, factors: "Factors", like: Any) -> jax.Array:
-    """The weighted sum of the gradients, in one product."""
+    """The weighted sum of the gradients, in one product.
+
+    What has no weight takes no part, also if it is not a number.
+    """
     use, x, d = factors
     if factors.owned:  # what comes back for each task's own rows
+        if not factors.is_embedding:
+            x = _where_weighted(weights, x)
         return gradient(use, x.reshape(-1, *x.shape[2:]), _weighted_rows(weights, d), like)
-    return gradient(use, x, _weighted_sum(weights, d), like)
+    weights = weights.astype(accumulation_dtype(d))
+    mixed = products.leaf_combination(weights, d, task_mask=weights != 0)
+    return gradient(use, x, mixed, like)
 
 
 # Matrices of one shape are traced and lowered once.
@@ -191,21 +202,19 @@ def _x_times_d(x, d, precision):
 def _scattered(tokens, d, num_rows):
     d = d.astype(accumulation_dtype(d))
     rows = jnp.where(tokens < 0, num_rows, tokens)
-    return jnp.zeros((num_rows, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
+    return lax.full_like(d, 0, shape=(num_rows, d.shape[1])).at[rows].add(d, mode="drop")
 
 
 @jax.jit
-def _weighted_sum(weights, d):
-    wide = accumulation_dtype(d)
-    return jnp.einsum(
-        "t,tpo->po", weights.astype(wide), d.astype(wide), precision=lax.Precision.HIGHEST
-    )
+def _where_weighted(weights, rows):
+    has_weight = lax.expand_dims(weights != 0, range(1, rows.ndim))
+    return jnp.where(has_weight, rows, jnp.zeros((), rows.dtype))
 
 
 @jax.jit
 def _weighted_rows(weights, d):
     wide = accumulation_dtype(d)
-    rows = lax.expand_dims(weights.astype(wide), (1, 2)) * d.astype(wide)
+    rows = lax.expand_dims(weights.astype(wide), (1, 2)) * _where_weighted(weights, d).astype(wide)
     return rows.reshape(-1, d.shape[-1])
 
 
@@ -222,13 +231,13 @@ def _back(use: Use, found: jax.Array, like: Any) -> jax.Array:
 
 def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     """The dtype of sums of such numbers: float32, float64 for float64."""
-    floating = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
-    return jnp.promote_types(jnp.float32, jnp.result_type(*floating))
+    is_wide = any(array.dtype == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if is_wide else jnp.float32)
 
 
 def same_dtype(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both in the wider of their dtypes."""
-    dtype = jnp.promote_types(x.dtype, d.dtype)
+    """Both in one dtype that holds them."""
+    dtype = x.dtype if x.dtype == d.dtype else accumulation_dtype(x, d)
     return x.astype(dtype), d.astype(dtype)
 
 
@@ -286,10 +295,10 @@ def _equal_tokens(x: jax.Array, d: jax.Array) -> jax.Array:
     place = jnp.where(tokens < 0, tokens.size, place.reshape(-1)).reshape(-1, num_rows)
     place = jnp.broadcast_to(place, (num_tasks, num_rows))
     # Of data of their own, tasks have at most all their tokens in common.
-    sums = jnp.zeros((num_tasks, tokens.size, columns), accumulation_dtype(d))
+    sums = lax.full_like(d, 0, accumulation_dtype(d), (num_tasks, tokens.size, columns))
     task = jnp.arange(num_tasks)[:, None]
     sums = sums.at[task, place].add(d.astype(sums.dtype), mode="drop")
-    return _product("tpo,spo->ts", sums, sums)
+    return products.gramian_of_leaves([(sums,)], dtype=sums.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -313,14 +322,28 @@ def _cross_products(
     if same_sides:
         by_rows = _inner(one_x, other_x)
         if not owned:  # no task in it: T times fewer products than by columns
-            mixed = _product("pq,sqo->spo", by_rows[0, :, 0], other_d)
-            return _product("tpo,spo->ts", one_d, mixed)
-        return _product("tpsq,tpsq->ts", by_rows, _inner(one_d, other_d))
+            return _mixed_products(by_rows[0, :, 0], one_d, other_d)
+        return jnp.sum(by_rows * _inner(one_d, other_d), axis=(1, 3))
     # The rows of the one are the columns of the other.
     by_rows, by_columns = _inner(one_x, other_d), _inner(one_d, other_x)
     if not owned:
         return _product("psq,tpq->ts", by_rows[0], by_columns[:, :, 0])
-    return _product("tpsq,tpsq->ts", by_rows, by_columns)
+    return jnp.sum(by_rows * by_columns, axis=(1, 3))
+
+
+def _mixed_products(inner: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+    """The sums over p and q of inner_pq one_tp . other_sq, for inner products of (P, Q)."""
+
+    def natural(inner, one, other):
+        return _product("tpo,spo->ts", one, _product("pq,sqo->spo", inner, other))
+
+    def flattened(inner, one, other):  # XLA would bring both products into another layout
+        inner = jnp.broadcast_to(inner, (len(other), *inner.shape))
+        mixed = _product("spq,sqo->spo", inner, other)
+        return _product("tn,sn->ts", one.reshape(len(one), -1), mixed.reshape(len(other), -1))
+
+    cpu = natural if products.may_be_partitioned(one) else flattened
+    return lax.platform_dependent(inner, one, other, cpu=cpu, default=natural)
 
 
 def _inner(one: jax.Array, other: jax.Array) -> jax.Array:

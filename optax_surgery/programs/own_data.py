@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optax_surgery import trees
+from optax_surgery import core, trees
 from optax_surgery.programs import flat, plan, reach
+from optax_surgery.programs.over_tasks import OverTasks
 
 
 class Backward:
@@ -31,6 +31,7 @@ class Backward:
         params: Any,
         args: Any,
         chunk_size: int | None = None,
+        spmd_axis_name: Any = None,
     ):
         """Runs the forward pass.
 
@@ -39,40 +40,46 @@ class Backward:
           params: pytree of parameters.
           args: those of all tasks, with a leading axis.
           chunk_size: how many tasks are run at once.
+          spmd_axis_name: the axes of a mesh over which the tasks lie.
         """
-        one_task = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), args)
+        leaves = jax.tree.leaves(params)
+        self._over = over = OverTasks(leaves, args, chunk_size, spmd_axis_name)
+        one_task = jax.tree.map(over.one_task, args)
+        params = jax.tree.unflatten(jax.tree.structure(params), over.params)
 
         def as_vector(params, args):
             loss, value = function(params, args)
             return loss[None], value
 
-        closed, self._shapes = jax.make_jaxpr(as_vector, return_shape=True)(params, one_task)
-        self._program = program = flat.flatten(closed)
+        traced = jax.make_jaxpr(as_vector, return_shape=True)
+        self._closed, self._shapes = traced(params, one_task)
+        self._program = program = flat.flatten(self._closed)
         self._structure = jax.tree.structure(params)
-        self._params, self._args = jax.tree.leaves(params), jax.tree.leaves(args)
+        self._params, self._args = over.params, jax.tree.leaves(args)
         self._leaves = program.inputs[: len(self._params)]
         self._like = [program.avals[leaf] for leaf in self._leaves]
         self._dtype = trees.gramian_dtype(self._like)
-        self.num_tasks = self._args[0].shape[0]
-        self._chunk_size, self._plan = chunk_size, None
+        self.num_tasks = over.num_tasks
+        self._chunk_size = chunk_size
+        self._plan = self._planned()
+        self.losses, self._pull, self.value = self._run(self._args)
+
+    def _run(self, args):
+        """The losses for these data, and the way back from them to the parameters."""
 
         def run(params, args):
             values = self._inputs(args) | dict(zip(self._leaves, params, strict=True))
-            flat.evaluate(program.equations, values)
+            flat.evaluate(self._program.equations, values)
             return self._returned(values)
 
-        if chunk_size is not None:  # else the activations of all tasks would be held
+        if self._chunk_size is not None:  # else the activations of all tasks would be held
             run = jax.checkpoint(run)
-        self.losses, self._pull, self.value = jax.vjp(
-            lambda params: self._map(lambda args: run(params, args), self._args),
-            self._params,
-            has_aux=True,
-        )
 
-    def _map(self, function: Callable[[Any], Any], operands: Any) -> Any:
-        if self._chunk_size is not None:
-            return lax.map(function, operands, batch_size=self._chunk_size)
-        return jax.vmap(function)(operands)
+        def run_all(params):
+            losses, value = self._over.map(lambda args: run(params, args), args)
+            return self._over.whole(losses), value
+
+        return jax.vjp(run_all, self._params, has_aux=True)
 
     def _inputs(self, args):
         inputs = zip(self._program.inputs, [*self._params, *args], strict=True)
@@ -85,9 +92,9 @@ class Backward:
 
     def gramian(self, chosen: Sequence[bool]) -> tuple[jax.Array, plan.Kept | None]:
         """The (T, T) Gramian of the chosen parameters, and what is kept for `update`."""
-        program, self._plan = self._program, self._planned()
-        planned = self._plan
-        zeros, taps = planned.zeros(), jnp.zeros((self.num_tasks, self.num_tasks), self._dtype)
+        program, planned = self._program, self._plan
+        zeros, tap = planned.zeros(), planned.tap(self.num_tasks, self._dtype)
+        taps = jnp.broadcast_to(tap, (self.num_tasks, self.num_tasks))
         by_vjp = [self._params[place] for place in planned.by_vjp]
 
         def loss_of(by_vjp, zeros, tap, args):
@@ -97,15 +104,17 @@ class Backward:
             return loss, {number: values[number] for number in planned.operands}
 
         back = jax.grad(loss_of, argnums=(0, 1, 2), has_aux=True)
-        (found, cotangents, within), operands = self._map(
+        (found, cotangents, within), operands = self._over.map(
             lambda operands: back(by_vjp, zeros, *operands), (taps, self._args)
         )
+        operands, cotangents, within = self._over.whole((operands, cotangents, within))
         stacks = [
             None if way.name == "product" else plan.zeros_like(like, self.num_tasks)
             for way, like in zip(planned.ways, self._like, strict=True)
         ]
         for place, stack in zip(planned.by_vjp, found, strict=True):
             stacks[place] = stack
+        stacks = self._over.stacked(stacks, lambda: self._closed)
         kept = plan.Kept(planned.factors(operands, cotangents, owned=True), stacks)
         gramian = planned.gramian(within, chosen, kept)
         return gramian, kept if planned.keeps(self.num_tasks, owned=True) else None
@@ -121,12 +130,39 @@ class Backward:
 
     def update(self, weights: Sequence[jax.Array], kept: plan.Kept | None = None) -> Any:
         """The weighted sum of the task gradients, with (T,) weights of each parameter."""
-        if kept is not None and self._plan is not None:
-            return jax.tree.unflatten(self._structure, self._plan.update(weights, kept))
+        if kept is not None:
+            return self._tree(self._plan.update(weights, kept))
         found: list[Any] = [None] * len(self._like)
         for weight in {id(weight): weight for weight in weights}.values():
-            (pulled,) = self._pull(weight.astype(self.losses.dtype))
+            pulled = self._pulled(weight.astype(self.losses.dtype))
             for place, each in enumerate(weights):
                 if each is weight:
                     found[place] = pulled[place]
-        return jax.tree.unflatten(self._structure, found)
+        return self._tree(found)
+
+    def _tree(self, grads):
+        return jax.tree.unflatten(self._structure, self._over.as_params(grads))
+
+    def _pulled(self, weights: jax.Array) -> list[Any]:
+        """The weighted sum of the task gradients, one of all parameters.
+
+        A task that has no weight takes no part, also if its gradient is not a number: then those
+        that have one are run again, with the data of one of them in its place.
+        """
+
+        def among_others():
+            has_weight = weights != 0
+            tasks = jnp.where(has_weight, jnp.arange(self.num_tasks), jnp.argmax(has_weight))
+            args = [jnp.take(leaf, tasks, axis=0) for leaf in self._over.whole(self._args)]
+            _, pull, _ = self._run(args)
+            return [jnp.where(jnp.any(has_weight), leaf, 0) for leaf in real(pull(weights)[0])]
+
+        def real(leaves):
+            return [leaf for leaf in leaves if flat.is_differentiable(leaf)]
+
+        (found,) = self._pull(weights)
+        numbers = real(found)
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in numbers]
+        sound = jnp.all(weights != 0) | jnp.all(jnp.stack(finite))
+        chosen = iter(core.branch(trees.everywhere(sound), lambda: numbers, among_others))
+        return [next(chosen) if flat.is_differentiable(leaf) else leaf for leaf in found]

@@ -148,8 +148,13 @@ class Plan:
         """Zeros to add to the products, whose derivatives are what comes back there."""
         avals = self._program.avals
         return {
-            number: jnp.zeros(avals[number].shape, avals[number].dtype) for number in self._outputs
+            number: _zeros(avals[number].shape, avals[number].dtype, [avals[number]])
+            for number in self._outputs
         }
+
+    def tap(self, num_tasks: int, dtype: Any) -> jax.Array:
+        """A tap for the parameters in loops and rematerialised parts."""
+        return _zeros((num_tasks,), dtype, self.like)
 
     def evaluate(
         self,
@@ -181,7 +186,7 @@ class Plan:
 
         def of_use(use):
             x, d = operands[_operand(use)], cotangents[use.output]
-            left = outer_products.left(use, x, owned)
+            left = outer_products.left(use, flat.varying_over(x, flat.varying_axes(d)), owned)
             return outer_products.Factors(use, left, outer_products.right(use, d, stacked=True))
 
         return [
@@ -213,15 +218,13 @@ class Plan:
         self, place: int, operands: dict[int, Any], cotangents: dict[int, jax.Array]
     ) -> list[jax.Array]:
         """The parts of one gradient of a parameter that is multiplied."""
-        return [
-            outer_products.gradient(
-                use,
-                outer_products.left(use, operands[_operand(use)]),
-                outer_products.right(use, cotangents[use.output]),
-                self.like[place],
-            )
-            for use in self.ways[place].uses
-        ]
+
+        def part(use):
+            x, d = operands[_operand(use)], cotangents[use.output]
+            x = outer_products.left(use, flat.varying_over(x, flat.varying_axes(d)))
+            return outer_products.gradient(use, x, outer_products.right(use, d), self.like[place])
+
+        return [part(use) for use in self.ways[place].uses]
 
     def keeps(self, num_tasks: int, owned: bool) -> bool:
         """Whether what a second pass would need is small enough to be kept."""
@@ -247,6 +250,11 @@ def zeros_like(like: Any, num_tasks: int | None = None) -> Any:
     return jnp.zeros(shape, like.dtype)
 
 
+def _zeros(shape: tuple[int, ...], dtype: Any, avals: Sequence[Any]) -> jax.Array:
+    axes = frozenset[str]().union(*map(flat.varying_axes, avals))
+    return flat.varying_over(jnp.zeros(shape, dtype), axes)
+
+
 def _operand(use: outer_products.Use) -> int:
     """The number of what a parameter is multiplied with."""
     number = use.equation.inputs[1 - use.place]
@@ -268,6 +276,6 @@ def _combined(
 ) -> Any:
     if not factors:
         is_real = flat.is_differentiable(like)
-        return trees.combine(weights, stack) if is_real else zeros_like(like)
+        return trees.combine(weights, stack, weights != 0) if is_real else zeros_like(like)
     found = [outer_products.weighted_gradient(weights, each, like) for each in factors]
     return sum(found[1:], found[0])

@@ -105,7 +105,7 @@ def _operands(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
     if name == "scan":
         return _through_scan(eqn, outputs)
     if name == "cond":
-        branches = [_through(branch.jaxpr, outputs) for branch in params["branches"]]
+        branches = [_through(flat.opened(branch), outputs) for branch in params["branches"]]
         joined = [_joined(same) for same in zip(*branches, strict=True)]
         return [_everything(outputs), *joined]
     if name == "stop_gradient":
@@ -168,7 +168,7 @@ def _axes(
         moved = same[0] if same else None
     if moved is not None and shapes[0][moved] != shape[axis]:
         moved = None
-    return [moved] + [None] * (len(shapes) - 1)
+    return ([moved] + [None] * len(shapes))[: len(shapes)]
 
 
 def _product_axes(numbers: Any, shapes: Sequence[tuple[int, ...]], axis: int) -> list[int | None]:
@@ -254,12 +254,12 @@ def _through(jaxpr: jax_core.Jaxpr, outputs: Sequence[Reach]) -> list[Reach]:
 
 def _through_scan(eqn: jax_core.JaxprEqn, outputs: list[Reach]) -> list[Reach]:
     """What the operands of a loop reach, in any of its rounds."""
-    params = eqn.params
-    consts, carries = params["num_consts"], params["num_carry"]
+    consts, carries = flat.scan_parts(eqn)
+    body = flat.opened(eqn.params["jaxpr"])
     stacked = [_along(reach, -1) for reach in outputs[carries:]]
     carry = outputs[:carries]
     while True:
-        operands = _through(params["jaxpr"].jaxpr, [*carry, *stacked])
+        operands = _through(body, [*carry, *stacked])
         before = carry
         carry = [a.joined(b) for a, b in zip(carry, operands[consts:], strict=False)]
         if carry == before:

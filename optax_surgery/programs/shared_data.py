@@ -19,6 +19,7 @@ from jax import lax
 
 from optax_surgery import trees
 from optax_surgery.programs import flat, plan, reach
+from optax_surgery.programs.over_tasks import as_param
 from optax_surgery.programs.split import split
 
 
@@ -85,7 +86,7 @@ class Backward:
             return crossing, {number: values[number] for number in handed}
 
         by_vjp = [self._values[self._leaves[place]] for place in self._plan.by_vjp]
-        tap = jnp.zeros(self.num_tasks, self._dtype)
+        tap = self._plan.tap(self.num_tasks, self._dtype)
         crossing, self._pull, found = jax.vjp(run, by_vjp, self._plan.zeros(), tap, has_aux=True)
         self._values |= found
         return crossing
@@ -177,8 +178,14 @@ class Backward:
                 stacks.append(None)
             else:
                 zeros = plan.zeros_like(self._like[place], self.num_tasks)
-                stacks.append(sum(parts[1:], parts[0]) if parts else zeros)
+                stack = sum(parts[1:], parts[0]) if parts else zeros
+                stacks.append(self._where_it_lies(stack, leaf))
         return stacks
+
+    def _where_it_lies(self, stack, leaf):
+        if not flat.is_differentiable(self._program.avals[leaf]):
+            return stack
+        return as_param(stack, self._values[leaf])
 
     def _pull_tasks(self, chunk_size):
         """Takes all tasks through the shared part, side by side."""

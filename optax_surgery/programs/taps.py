@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.extend import core as jax_core
+from jax.sharding import AxisType
 
 from optax_surgery import trees
-from optax_surgery.programs import flat, outer_products
+from optax_surgery.programs import flat, outer_products, over_tasks
 
 REMATERIALISED = frozenset(["checkpoint", "remat", "remat2"])
 _CHAIN = frozenset(["convert_element_type", "reshape", "transpose", "copy", "copy_p"])
@@ -34,8 +35,7 @@ def goes_on(equation: flat.Equation) -> bool:
 def marked_places(equation: flat.Equation) -> range:
     """The operands of an equation that can be tapped within: slices of a loop, all of a part."""
     if equation.name == "scan":
-        params = equation.eqn.params
-        return range(params["num_consts"] + params["num_carry"], len(equation.inputs))
+        return range(sum(flat.scan_parts(equation.eqn)), len(equation.inputs))
     if equation.name in REMATERIALISED:
         return range(len(equation.inputs))
     return range(0)
@@ -68,7 +68,7 @@ def _scan(
     eqn: jax_core.JaxprEqn, operands: Sequence[Any], marks: Sequence[bool], tap: jax.Array
 ) -> list[Any]:
     params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = flat.scan_parts(eqn)
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
 
     def body(carry, slices):
@@ -160,30 +160,40 @@ def operands_of(equation: flat.Equation, values: dict[int, Any]) -> list[Any]:
 
 def _tapped(leaf: jax.Array, tap: jax.Array) -> jax.Array:
     """A parameter as it is, of which the tap takes the inner products."""
-    num_tasks = tap.size
 
     @custom_vmap
-    def row(gradient, tap):  # only ever run for all tasks at once
-        return jnp.zeros(num_tasks, tap.dtype)
+    def row(gradient, leaf, tap):  # of one task, as of a weighted sum, nobody asks
+        return jnp.zeros_like(tap)
 
     @row.def_vmap
-    def rows(axis_size, in_batched, gradients, tap):
-        assert axis_size == num_tasks
-        gradients = _for_tasks(gradients, in_batched[0], num_tasks)
-        return trees.gramian(gradients).astype(tap.dtype), True
+    def rows(axis_size, in_batched, gradients, leaf, tap):
+        has_gradient, has_leaf, has_tap = in_batched
+        if axis_size != tap.shape[-1]:  # such a sum, for several seeds
+            return jnp.zeros_like(tap), has_tap
+        gradients = _for_tasks(gradients, has_gradient, axis_size)
+        if not has_leaf:
+            gradients = over_tasks.as_param(gradients, leaf)
+        return _like_tap(trees.gramian(gradients), tap), True
 
     @jax.custom_vjp
     def identity(leaf, tap):
         return leaf
 
     def forward(leaf, tap):
-        return leaf, tap
+        return leaf, (leaf, tap)
 
-    def backward(tap, gradient):
-        return gradient, row(gradient, tap)
+    def backward(kept, gradient):
+        return gradient, row(gradient, *kept)
 
     identity.defvjp(forward, backward)
     return identity(leaf, tap)
+
+
+def _like_tap(gramian: jax.Array, tap: jax.Array) -> jax.Array:
+    sharding = jax.typeof(tap).sharding
+    if tap.ndim == gramian.ndim and AxisType.Explicit in sharding.mesh.axis_types:
+        gramian = jax.sharding.reshard(gramian, sharding)  # a row for each task, where it lies
+    return flat.varying_over(gramian.astype(tap.dtype), flat.varying_axes(tap))
 
 
 def _for_tasks(array: jax.Array, has_axis: bool, num_tasks: int) -> jax.Array:
@@ -192,28 +202,25 @@ def _for_tasks(array: jax.Array, has_axis: bool, num_tasks: int) -> jax.Array:
 
 def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Array]:
     """The product of x and a matrix, of whose gradients the tap takes the inner products."""
-    num_tasks, dtype = tap.size, tap.dtype
 
     def product(x, matrix):
         operands = [x, matrix] if use.place else [matrix, x]
         return flat.run_equation(use.equation, operands)[0]
 
     @custom_vmap
-    def row(x, cotangent, tap):  # only ever run for all tasks at once
-        return jnp.zeros(num_tasks, dtype)
+    def row(x, cotangent, matrix, tap):
+        return jnp.zeros_like(tap)
 
     @row.def_vmap
-    def rows(axis_size, in_batched, x, cotangent, tap):
-        assert axis_size == num_tasks
-        owned, has_d, _ = in_batched
-        cotangent = _for_tasks(cotangent, has_d, num_tasks)
-        x = (
-            jax.vmap(lambda x: outer_products.left(use, x))(x)
-            if owned
-            else outer_products.left(use, x)
-        )
-        d = jax.vmap(lambda d: outer_products.right(use, d))(cotangent)
-        return _inner_products(outer_products.Factors(use, x, d)).astype(dtype), True
+    def rows(axis_size, in_batched, x, cotangent, matrix, tap):
+        owned, has_d, has_matrix, has_tap = in_batched
+        if axis_size != tap.shape[-1]:
+            return jnp.zeros_like(tap), has_tap
+        cotangent = _for_tasks(cotangent, has_d, axis_size)
+        x = outer_products.left(use, x, owned)
+        d = outer_products.right(use, cotangent, stacked=True)
+        factors = outer_products.Factors(use, x, d)
+        return _like_tap(_inner_products(factors, None if has_matrix else matrix), tap), True
 
     @jax.custom_vjp
     def multiply(x, matrix, tap):
@@ -225,13 +232,13 @@ def _multiplied(use: outer_products.Use, tap: jax.Array) -> Callable[..., jax.Ar
     def backward(kept, cotangent):
         x, matrix, tap = kept
         derivatives = jax.vjp(product, x, matrix)[1](cotangent)
-        return *derivatives, row(x, cotangent, tap)
+        return *derivatives, row(x, cotangent, matrix, tap)
 
     multiply.defvjp(forward, backward)
     return multiply
 
 
-def _inner_products(factors: outer_products.Factors) -> jax.Array:
+def _inner_products(factors: outer_products.Factors, matrix: jax.Array | None) -> jax.Array:
     """By what is cheaper; either way no more than one matrix's gradients are formed."""
     use, num_tasks = factors.use, factors.d.shape[0]
     costs = [
@@ -243,4 +250,7 @@ def _inner_products(factors: outer_products.Factors) -> jax.Array:
     subscripts = "tpk,tpo->tko" if factors.owned else "pk,tpo->tko"
     x, d = outer_products.same_dtype(factors.x, factors.d)
     stack = jnp.einsum(subscripts, x, d, precision=use.equation.eqn.params["precision"])
+    if matrix is not None and matrix.ndim == 2 and use.axes is not None:
+        (rows,) = use.equation.eqn.params["dimension_numbers"][0][use.place]
+        stack = over_tasks.as_param(stack, matrix.T if rows else matrix)
     return trees.gramian(stack)

@@ -27,6 +27,9 @@ FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction
 FILLED = {
     "encode": lambda params: params,
     "every_k": 2,
+    "fn": lambda params: surgery.surgery_value_and_grad(lambda params: params, surgery.mgda())(
+        params, surgery.mgda().init(params)
+    ),
     "gramian": np.eye(3),
     "inner": surgery.mgda(),
     "k": 2,
@@ -167,7 +170,7 @@ OTHERS = [
     pytest.param(name, argument, id=f"{name}-{argument}")
     for name, arguments in ARGUMENTS.items()
     for argument, one in arguments.items()
-    if one.annotation == "bool" or re.search("GradientTransformation|Surgery", one.annotation)
+    if one.annotation == "bool" or re.search(r"GradientTransformation|\bSurgery\b", one.annotation)
 ]
 
 

@@ -480,6 +480,7 @@ MISUSES = {
         lambda: surgery.surgery_value_and_grad(losses_fn, PCGRAD, shared="trnk"),
         PCGRAD.init(PARAMS),
     ),
+    "another function to explain": lambda: surgery.explain_leaves(losses_fn, PARAMS),
     "integers among the parameters": lambda: surgery.surgery_value_and_grad(losses_fn, PCGRAD)(
         {**PARAMS, "step": 1}, PCGRAD.init(PARAMS)
     ),
