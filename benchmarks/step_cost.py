@@ -13,6 +13,7 @@ Run `python -m benchmarks.step_cost`.
 
 import dataclasses
 import functools
+import importlib
 import io
 import time
 from pathlib import Path
@@ -136,7 +137,8 @@ OWN = {"own": (MLP(1024, 4), 16), "own_narrow": (MLP(400, 3), 128), "samples": (
 def make_ways(network, num_tasks):
     """Each way as a function of its arguments, and those arguments."""
     if network in NETWORKS:
-        return shared_ways(*NETWORKS[network], num_tasks)
+        trunk, shape = NETWORKS[network]
+        return shared_ways(trunk, shape, num_tasks)
     return unequal_ways(num_tasks) if network == "unequal" else own_ways(network, num_tasks)
 
 
@@ -191,8 +193,8 @@ def own_ways(network, num_tasks):
     }
 
     def loss_fn(params, inputs, targets):
-        outputs = trunk.apply(params["trunk"], inputs) @ params["head"]
-        return jnp.mean((outputs - targets) ** 2)
+        features = jnp.asarray(trunk.apply(params["trunk"], inputs))
+        return jnp.mean((features @ params["head"] - targets) ** 2)
 
     def plain(params, inputs, targets):
         def total(params):
@@ -221,7 +223,7 @@ def unequal_ways(num_tasks):
     arguments = (params, tx.init(params), batches)
 
     def loss_fn(params, batch):
-        return jnp.mean(trunk.apply(params, batch) ** 2)
+        return jnp.mean(jnp.asarray(trunk.apply(params, batch)) ** 2)
 
     def losses_fn(params, batches):
         return [loss_fn(params, batch) for batch in batches]
@@ -264,26 +266,35 @@ def reused(value_and_grad, function, num_tasks, arguments):
 def torchjd_ways(num_samples):
     """Plain and with every sample as a task, in PyTorch; nothing where it is not installed."""
     try:
-        import torch
-        from torchjd.aggregation import UPGradWeighting
-        from torchjd.autogram import Engine
+        torch, autogram, aggregation = map(
+            importlib.import_module, ("torch", "torchjd.autogram", "torchjd.aggregation")
+        )
     except ImportError:
         return {}
     torch.manual_seed(0)
-    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(1024, 1024), torch.nn.ReLU())]
-    network = torch.nn.Sequential(*layers, torch.nn.Linear(1024, 1))
     inputs, targets = torch.randn(num_samples, 1024), torch.randn(num_samples)
-    engine, weighting = Engine(network, batch_dim=0), UPGradWeighting()
+    weighting = aggregation.UPGradWeighting()
 
-    def losses():
+    def hidden():
+        return torch.nn.Linear(1024, 1024)
+
+    def make_network():
+        layers = [make() for _ in range(4) for make in (hidden, torch.nn.ReLU)]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(1024, 1))
+
+    # The engine looks into every pass of its network.
+    plain_network, network = make_network(), make_network()
+    engine = autogram.Engine(network, batch_dim=0)
+
+    def losses(network):
         network.zero_grad()
         return (network(inputs)[:, 0] - targets) ** 2
 
     def exact():
-        found = losses()
+        found = losses(network)
         found.backward(weighting(engine.compute_gramian(found)))
 
-    return {"plain of PyTorch": lambda: losses().sum().backward(), "TorchJD": exact}
+    return {"plain of PyTorch": lambda: losses(plain_network).sum().backward(), "TorchJD": exact}
 
 
 # --- Measuring
