@@ -406,6 +406,8 @@ def make_figure(results):
             axes.set_yscale("log")
             axes.set_xticks(tasks, [str(number) for number in tasks])
             axes.minorticks_off()
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.8), max(high, 12))
             axes.spines[["top", "right"]].set_visible(False)
         grid[0, column].set_title(network)
         grid[1, column].set_xlabel("samples" if network == "samples" else "tasks T")
@@ -439,7 +441,7 @@ def main(argv=None):
                 network, number, config, lambda: progress.advance(bar)
             )
     console = Console(highlight=False)
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 160)
     console.print(make_table(results))
     console.print(
         "Time of a step, of the plain one and of the others over it, and MB of temporaries and "
