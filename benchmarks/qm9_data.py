@@ -128,7 +128,7 @@ def load(cache=CACHE):
     """
     try:
         if cache.exists():
-            with np.load(cache) as kept:
+            with open(cache, "rb") as file, np.load(file) as kept:
                 return {name: kept[name] for name in ARRAYS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as bad:
         what = " ".join(f"{type(bad).__name__}: {bad}".split())
