@@ -99,7 +99,7 @@ def test_convolutions_of_cifar_take_any_block_and_head():
 
 def test_the_papers_network_for_cifar_has_the_size_that_its_layers_have():
     net = networks.ConvNet(num_tasks=20, num_classes=5)
-    params = variables_of(net, 0, jax.ShapeDtypeStruct((2,), int))["params"]
+    params = variables_of(net, 0, jax.ShapeDtypeStruct((2,), jnp.int32))["params"]
     # At 64 x 64 the flat features are 8 x 8 x 160.
     layers = [(27, 160), (9 * 160, 160), (9 * 160, 160), (64 * 160, 320), (320, 320)]
     expected = sum((inputs + 1) * outputs for inputs, outputs in layers) + 20 * 321 * 5

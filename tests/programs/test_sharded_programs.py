@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from optax_surgery.programs import over_tasks
+
 # Devices have to be asked for before JAX starts, so all checks share one other process.
 PROGRAM = """
 import json, re, sys
@@ -143,7 +145,9 @@ def test_gradients_lie_where_the_parameters_do(found):
     for case, one in found.items():
         if "exact" in case and "Explicit" in case:
             assert one["specs"]["layers"] == "P(None, None, 'd')", case
-        if case.startswith("own") and "stacks" in case:
+        # Of an Auto mesh the partitioner can only be told by what JAX 0.12 has no more.
+        is_told = "Explicit" in case or over_tasks.shard_alike is not None
+        if case.startswith("own") and "stacks" in case and is_told:
             assert one["specs"]["layers"] == "P(None, None, None, 'd')", case
 
 
