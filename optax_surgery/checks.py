@@ -555,6 +555,14 @@ def function(name: str, value: Any, reserved: str | None = None) -> None:
         refuse(f"a function without a parameter {reserved}", "one that has it", name, remedy)
 
 
+def axis_names(name: str, value: Any) -> None:
+    """Refuses what is no name of a mesh's axis and no tuple of names."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(one, str) for one in names):
+        remedy = "Name the axis of the mesh over which the tasks lie, or a tuple of axes."
+        refuse("the name of an axis", _described(value), name, remedy)
+
+
 def extra_args(value: Any) -> None:
     """Refuses what is no dict of extra arguments."""
     if value is not None and not isinstance(value, Mapping):

@@ -164,6 +164,7 @@ def per_task_value_and_grad(
         per_task_value_and_grad, locals(), has_aux=bool, chunk_size="int [1, inf)"
     )
     checks.function("loss_fn", loss_fn)
+    checks.axis_names("spmd_axis_name", spmd_axis_name)
 
     def fn(params: Params, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Losses, Any]:
         checks.differentiable(params)
@@ -233,8 +234,7 @@ def surgery_value_and_grad(
 
     Note:
       What comes back for each of T losses is held side by side: where activations take most of the
-      memory, that is T times theirs, as with stacked gradients. Under `vmap`, as over seeds,
-      `every` and `start_after` run both branches.
+      memory, that is T times theirs, as with stacked gradients.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -339,6 +339,7 @@ def per_task_surgery_value_and_grad(
         chunk_size="int [1, inf)",
     )
     checks.function("loss_fn", loss_fn, reserved="extra_args")
+    checks.axis_names("spmd_axis_name", spmd_axis_name)
     checks.surgery(surgery, core.Surgery)
 
     def fn(

@@ -19,8 +19,8 @@ from jax import lax
 from optax_surgery import products
 from optax_surgery.programs import flat
 
-# What it costs to write a number and to read it again, in multiplications: measured on a CPU, where
-# a core multiplies 30 to 60 times as fast as its memory takes numbers.
+# What it costs to write a number and to read it again, in multiplications. An estimate: with it, no
+# network of `benchmarks.step_cost` takes a way on a CPU that is much slower than its stack.
 _MOVE = 16
 
 
@@ -28,7 +28,6 @@ class Use(NamedTuple):
     """A use of a parameter in a product, or as the table of an embedding.
 
     Attributes:
-      leaf: the number of the parameter's value in the program.
       chain: the equations that make the matrix of the parameter: casts, reshapes, transpositions.
       equation: the product.
       place: of the matrix among its operands.
@@ -37,7 +36,6 @@ class Use(NamedTuple):
         product takes one; None where that cannot be told.
     """
 
-    leaf: int
     chain: tuple[flat.Equation, ...]
     equation: flat.Equation
     place: int
@@ -45,21 +43,12 @@ class Use(NamedTuple):
     axes: tuple[int, ...] | None
 
     @property
-    def matrix(self) -> int:
-        """The number of the value that is multiplied."""
-        number = self.equation.inputs[self.place]
-        assert number is not None
-        return number
-
-    @property
     def output(self) -> int:
         """The number of y."""
         return self.equation.outputs[0]
 
 
-def use_of(
-    leaf: int, chain: Sequence[flat.Equation], equation: flat.Equation, place: int
-) -> Use | None:
+def use_of(chain: Sequence[flat.Equation], equation: flat.Equation, place: int) -> Use | None:
     """The use of a parameter in this equation, None where it is no product."""
     eqn = equation.eqn
     shapes = [flat.shape_of(var.aval) for var in eqn.invars]
@@ -83,7 +72,7 @@ def use_of(
         return None
     if not all(sizes):
         return None
-    return Use(leaf, tuple(chain), equation, place, sizes, _axes(chain, rows, shapes[place]))
+    return Use(tuple(chain), equation, place, sizes, _axes(chain, rows, shapes[place]))
 
 
 def _takes_rows(eqn: Any, shape: tuple[int, ...]) -> bool:

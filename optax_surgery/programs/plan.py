@@ -76,7 +76,7 @@ def choose_ways(
                 continue
             use = None
             if is_shared[index]:
-                use = outer_products.use_of(leaf, chain, equation, place)
+                use = outer_products.use_of(chain, equation, place)
                 if use is None and place in taps.marked_places(equation):
                     use = _WITHIN
             uses[leaf].append(use or equation.name)

@@ -3,10 +3,10 @@
 A tap is a vector of T zeros beside the parameters, and what comes back for it, in a backward pass
 that `vmap` runs for all tasks, is by definition a row of the Gramian. Where tasks have data of
 their own, each has a tap of its own: what comes back of a term without data is the same for all,
-and `vmap` would pass it by. Within the body of a `scan`
-it is summed up as any constant's derivative is: one layer's products live as long as that layer's
-part of the pass. What is not multiplied in the body as a matrix is tapped where it comes in, as it
-is: its T gradients are formed, contracted and let go.
+and `vmap` would pass it by. Within the body of a `scan` it is summed up as any constant's
+derivative is: one layer's products live as long as that layer's part of the pass. What is not
+multiplied in the body as a matrix is tapped where it comes in, as it is: its T gradients are
+formed, contracted and let go.
 """
 
 from collections import Counter
@@ -140,7 +140,7 @@ def _outputs(
         return run(equation, operands_of(equation, values), marks, tap)
     if len(untapped) == 1:
         (place,) = untapped
-        use = outer_products.use_of(-1, (), equation, place)
+        use = outer_products.use_of((), equation, place)
         if use is not None and equation.name == "dot_general":
             x, matrix = values[equation.inputs[1 - place]], values[equation.inputs[place]]  # pyright: ignore
             return [_multiplied(use, tap)(x, matrix, tap)]

@@ -288,6 +288,16 @@ WRONG_ARGUMENTS = {
         lambda: surgery.per_task_value_and_grad(losses_fn, chunk_size=-1),
         r"an integer in \[1, inf\), got -1 at 'chunk_size'.*loss_fn, chunk_size=1\)`",
     ),
+    "spmd_axis_name": (
+        lambda: surgery.per_task_value_and_grad(losses_fn, spmd_axis_name=3),
+        "the name of an axis, got 3 at 'spmd_axis_name'",
+    ),
+    "spmd_axis_name for a surgery": (
+        lambda: surgery.per_task_surgery_value_and_grad(
+            losses_fn, surgery.mean(), spmd_axis_name=("chips", None)
+        ),
+        r"the name of an axis, got \('chips', None\) at 'spmd_axis_name'",
+    ),
     "chunk_size for has_aux": (
         lambda: surgery.task_value_and_grad(losses_fn, 4),
         r"True or False, got 4 at 'has_aux'. Make it `task_value_and_grad\(losses_fn, has_aux=F",
