@@ -36,6 +36,9 @@ from rich.table import Table
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 
+# The compiler for a GPU needs no CUDA libraries; JAX looks for them when it looks for devices.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
 COMPILERS = {"v5e": "libtpu", "h100": "jax_cuda12_plugin"}
 LARGE = 1e6  # bytes of a stack; below it, T-sized temporaries are all there is
 COLOURS = {"ResNet-50": "#0072B2", "transformer": "#009E73", "awkward": "#D55E00"}

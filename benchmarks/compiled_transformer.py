@@ -97,7 +97,7 @@ def token_losses(params, tokens, lie):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def layer(x, params):
         sequences, length, width = x.shape
-        normalized = normalize(x, params["scales"][0])
+        normalized = normalize(x, params["scales"][0, None, None])
         qkv = dense(normalized, params["qkv"]).reshape(sequences, length, 3, -1, 128)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) / math.sqrt(128)
@@ -105,7 +105,7 @@ def token_losses(params, tokens, lie):
         shares = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(jnp.bfloat16)
         attended = jnp.einsum("bhqk,bkhd->bqhd", shares, value).reshape(sequences, length, width)
         x = lie(x + dense(attended, params["out"]))
-        hidden = jax.nn.gelu(dense(normalize(x, params["scales"][1]), params["up"]))
+        hidden = jax.nn.gelu(dense(normalize(x, params["scales"][1, None, None]), params["up"]))
         return lie(x + dense(hidden, params["down"])), None
 
     x = lie(params["embedding"].astype(jnp.bfloat16)[tokens])
@@ -134,8 +134,8 @@ def step_of(config, data, way, mesh):
 
         def losses_fn(params, batch):
             losses = token_losses(params, batch["tokens"], lie_over("chips"))
-            is_kind = batch["kinds"][:, 1:] == jnp.arange(config.tasks)[:, None, None]
-            return jnp.sum(is_kind * losses, (1, 2)) / jnp.maximum(jnp.sum(is_kind, (1, 2)), 1)
+            is_kind = batch["kinds"][None, :, 1:] == jnp.arange(config.tasks)[:, None, None]
+            return jnp.sum(is_kind * losses[None], (1, 2)) / jnp.maximum(jnp.sum(is_kind, (1, 2)), 1)
 
         plain = losses_fn
         stacks = surgery.task_value_and_grad(losses_fn)

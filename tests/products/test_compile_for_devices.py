@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compiled  # before JAX looks for devices
 from optax_surgery import products
 
 # A scalar, few coordinates, a divisor that is a good length, none (elementwise, then blocks), and
@@ -29,7 +30,6 @@ def test_the_form_for_an_accelerator_gives_the_gramian(form, shape):
 
 @pytest.mark.parametrize("device", ["v5e", "h100"])
 def test_the_compiled_products_copy_no_rows(device):
-    compiled = pytest.importorskip("benchmarks.compiled")
     if not importlib.util.find_spec(compiled.COMPILERS[device]):
         pytest.skip('the compilers come with pip install -e ".[compiled]"')
     for shape in [(300, 500), (3, 3, 64, 64), (104_729,)]:
