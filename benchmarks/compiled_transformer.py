@@ -135,7 +135,9 @@ def step_of(config, data, way, mesh):
         def losses_fn(params, batch):
             losses = token_losses(params, batch["tokens"], lie_over("chips"))
             is_kind = batch["kinds"][None, :, 1:] == jnp.arange(config.tasks)[:, None, None]
-            return jnp.sum(is_kind * losses[None], (1, 2)) / jnp.maximum(jnp.sum(is_kind, (1, 2)), 1)
+            return jnp.sum(is_kind * losses[None], (1, 2)) / jnp.maximum(
+                jnp.sum(is_kind, (1, 2)), 1
+            )
 
         plain = losses_fn
         stacks = surgery.task_value_and_grad(losses_fn)

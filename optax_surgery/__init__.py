@@ -62,7 +62,7 @@ from optax_surgery.metrics import condition_number, conflict_fraction, cosine_si
 from optax_surgery.metrics import magnitude_similarities, task_norms, update_alignment
 
 # What solvers report in a method's state
-from optax_surgery.solvers import SolverReport
+from optax_surgery.algebra.solvers import SolverReport
 
 # The two halves of a surgery, and the order of its rows
 from optax_surgery.trees import combine, gramian, task_names

@@ -5,7 +5,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, solvers
+from optax_surgery import checks, core
+from optax_surgery.algebra import solvers
 
 Rescale = Literal["1+c", "1+c^2"]
 

@@ -1,6 +1,7 @@
 """DualProj: the vector nearest to the mean gradient that conflicts with no task."""
 
-from optax_surgery import checks, core, solvers
+from optax_surgery import checks, core
+from optax_surgery.algebra import solvers
 
 
 def dualproj(preference: core.PerTask | None = None) -> core.Surgery:

@@ -1,6 +1,7 @@
 """FairGrad: the update whose gains are shared fairly between the tasks."""
 
-from optax_surgery import checks, core, solvers
+from optax_surgery import checks, core
+from optax_surgery.algebra import solvers
 
 
 def fairgrad(alpha: float = 2.0) -> core.Surgery:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_surgery import core, solvers
+from optax_surgery import core
+from optax_surgery.algebra import solvers
 
 _MAX_ITERATIONS = 1000
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, linear
+from optax_surgery import checks, core
+from optax_surgery.algebra import linear
 
 
 def gradops_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:

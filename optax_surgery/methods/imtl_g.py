@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from optax_surgery import core, linear
+from optax_surgery import core
+from optax_surgery.algebra import linear
 
 
 def imtl_g_weights(gramian: jax.Array) -> jax.Array:

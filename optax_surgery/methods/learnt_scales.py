@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import checks, core, linear
+from optax_surgery import checks, core
+from optax_surgery.algebra import linear
 
 # Scales stay between exp(-60) and exp(60), and their gradients within what Adam can square.
 LARGEST_LOG_SCALE = 60.0

@@ -5,7 +5,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, metrics, solvers
+from optax_surgery import checks, core, metrics
+from optax_surgery.algebra import solvers
 
 Normalize = Literal["none", "l2", "loss", "loss+"]
 

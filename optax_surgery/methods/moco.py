@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_surgery import checks, core, simplex, trees
+from optax_surgery import checks, core, trees
+from optax_surgery.algebra import simplex
 
 
 class MoCoState(NamedTuple):

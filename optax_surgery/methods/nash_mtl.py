@@ -1,6 +1,7 @@
 """Nash-MTL: the update on which the tasks agree in a bargaining game."""
 
-from optax_surgery import core, solvers
+from optax_surgery import core
+from optax_surgery.algebra import solvers
 
 
 def nash_mtl() -> core.Surgery:

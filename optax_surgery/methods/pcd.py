@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, solvers
+from optax_surgery import checks, core
+from optax_surgery.algebra import solvers
 
 
 class PCDState(NamedTuple):

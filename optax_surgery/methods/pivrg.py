@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, solvers
+from optax_surgery import checks, core
+from optax_surgery.algebra import solvers
 
 
 def pivrg(scores: core.PerTask, bound: float = 2.0, min_temperature: float = 10.0) -> core.Surgery:

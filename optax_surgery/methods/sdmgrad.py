@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_surgery import checks, core, simplex
+from optax_surgery import checks, core
+from optax_surgery.algebra import simplex
 
 
 class SDMGradState(NamedTuple):

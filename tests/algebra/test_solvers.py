@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_surgery import solvers
+from optax_surgery.algebra import solvers
 
 NUM_TASKS = 20
 BATCH = 40

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
-from optax_surgery import simplex
+from optax_surgery.algebra import simplex
 from optax_surgery.methods.graddrop import graddrop_update
 from tests.methods.test_rules import jacobians
 from tests.papers import coordinates as papers
