@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_surgery import checks, trees
+from optax_surgery.algebra import eigen
 
 
 def task_norms(gramian: ArrayLike) -> jax.Array:
@@ -117,8 +118,8 @@ def condition_number(gramian: ArrayLike) -> jax.Array:
 
     Returns:
       () at least 1, over the gradients that are not zero; infinite where they are linearly
-      dependent to the precision of the Gramian, which is about 2,000 in float32; 1 if there is
-      no gradient.
+      dependent: where the sine of the angle between one and all others is below about
+      2 sqrt(T eps), however much their lengths differ; 1 if there is no gradient.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -132,14 +133,11 @@ def condition_number(gramian: ArrayLike) -> jax.Array:
     """
     gramian = checks.square("condition_number", gramian)
     present = jnp.sum(jnp.diagonal(gramian) > 0)
-    peak = jnp.max(jnp.diagonal(gramian))
-    # Zero gradients give zero eigenvalues, which come first.
-    eigenvalues = jnp.linalg.eigvalsh(gramian / jnp.where(peak > 0, peak, 1))
-    least = eigenvalues[jnp.minimum(eigenvalues.size - present, eigenvalues.size - 1)]
-    largest = eigenvalues[-1]
-    deficient = least <= largest * present.astype(gramian.dtype) * jnp.finfo(gramian.dtype).eps
-    ratio = jnp.sqrt(largest / jnp.where(deficient, 1, least))
-    return jnp.where(present > 0, jnp.where(deficient, jnp.inf, ratio), 1)
+    values = eigen.spectrum(gramian).values
+    least = jnp.min(jnp.where(values == 0, jnp.inf, values))
+    dependent = jnp.sum(values != 0) < present
+    ratio = values[-1] / jnp.where(present > 0, least, 1)
+    return jnp.where(present > 0, jnp.where(dependent, jnp.inf, ratio), 1)
 
 
 def update_alignment(gramian: ArrayLike, weights: trees.PerTask) -> jax.Array:

@@ -2,28 +2,30 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from optax_surgery.algebra import eigen
 
 
-def cosine_eigh(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Eigendecomposition of the matrix of cosines.
-
-    Cosines do not depend on the lengths of the gradients, which may differ by many orders of
-    magnitude: the Gramian's own small eigenvalues are then lost in rounding.
+def unit_gradients(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is left of a Gramian without the lengths, which may differ by any factor.
 
     Args:
       gramian: (T, T) inner products; rows of absent tasks are zero.
 
     Returns:
-      (T,) inverse norms of the gradients, 0 for zero gradients; (T,) ascending eigenvalues, (T, T)
-      eigenvectors in columns; (T,) bool, whether an eigenvalue counts as above zero.
+      (T, T) cosines and (T,) inverse norms of the gradients, 0 for zero gradients.
     """
-    norms = jnp.sqrt(jnp.diagonal(gramian))
-    inverse_norms = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    cosines = gramian * inverse_norms[:, None] * inverse_norms[None, :]
-    eigenvalues, eigenvectors = jnp.linalg.eigh(cosines)
-    present = jnp.sum(norms > 0, dtype=norms.dtype)
-    kept = eigenvalues > eigenvalues[-1] * present * jnp.finfo(gramian.dtype).eps
-    return inverse_norms, eigenvalues, eigenvectors, kept
+    squared_norms = jnp.diagonal(gramian)
+    present = ~(squared_norms <= 0)
+    inverse_norms = jnp.where(present, 1 / jnp.sqrt(jnp.where(present, squared_norms, 1)), 0)
+    return gramian * inverse_norms[:, None] * inverse_norms[None, :], inverse_norms
+
+
+def pseudo_inverse(cosines: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pseudo-inverse of a matrix of cosines, and `Spectrum.independence`."""
+    found = eigen.spectrum(cosines)
+    return _dot(found.inverse_root, found.inverse_root), found.independence
 
 
 def least_squares_of_cosines(gramian: jax.Array, targets: jax.Array) -> jax.Array:
@@ -40,8 +42,14 @@ def least_squares_of_cosines(gramian: jax.Array, targets: jax.Array) -> jax.Arra
       (T,) weights, 0 for zero gradients; all 0 where no combination has products with a share
       of the targets, as of two opposite gradients with equal targets.
     """
-    inverse_norms, eigenvalues, eigenvectors, kept = cosine_eigh(gramian)
-    reached = jnp.where(kept, eigenvectors.T @ targets, 0)
+    cosines, inverse_norms = unit_gradients(gramian)
+    inverse, _ = pseudo_inverse(cosines)
+    weights = _dot(inverse, targets)
+    reached = _dot(cosines, weights)
     noise = targets.size * jnp.finfo(gramian.dtype).eps
-    reached = jnp.where(jnp.sum(reached**2) > noise * jnp.sum(targets**2), reached, 0)
-    return inverse_norms * (eigenvectors @ (reached / jnp.where(kept, eigenvalues, 1)))
+    some = jnp.sum(reached**2) > noise * jnp.sum(targets**2)
+    return jnp.where(some, inverse_norms * weights, 0)
+
+
+def _dot(left, right):
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

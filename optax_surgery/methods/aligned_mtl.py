@@ -1,52 +1,58 @@
 """Aligned-MTL: make the principal components of the task gradients equally long."""
 
 import typing
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_surgery import checks, core
+from optax_surgery.algebra import eigen
 
 ScaleMode = Literal["min", "median", "rmse"]
 
 
+class AlignedMTLState(NamedTuple):
+    """State of `aligned_mtl`.
+
+    Attributes:
+      num_components: () int32, how many principal components the last step kept; fewer than
+        tasks where gradients depend on each other.
+    """
+
+    num_components: jax.Array
+
+
 def aligned_mtl_weights(
-    gramian: jax.Array, preference: jax.Array, num_active: jax.Array | int, scale_mode: ScaleMode
-) -> jax.Array:
-    """Aligned-MTL's weights, alpha = B w in the paper.
+    gramian: jax.Array, preference: jax.Array, scale_mode: ScaleMode
+) -> tuple[jax.Array, jax.Array]:
+    """Aligned-MTL's weights, alpha = B w in the paper, and the number of components kept.
 
     Args:
       gramian: (T, T) inner products of the task gradients; rows of absent tasks are zero.
       preference: (T,) weights of the tasks, w in the paper.
-      num_active: number of tasks present, which the tolerance of the rank depends on.
       scale_mode: the common singular value: the least, the (lower) median or the root
         mean square of those that are not zero.
 
     Returns:
-      (T,) weights, possibly negative.
+      (T,) weights, possibly negative; () int32.
     """
-    # Weights do not depend on the scale of the Gramian; its squares might not fit.
-    peak = jnp.max(jnp.diagonal(gramian))
-    eigenvalues, eigenvectors = jnp.linalg.eigh(gramian / jnp.where(peak > 0, peak, 1))
-    num_active = jnp.asarray(num_active, gramian.dtype)
-    tolerance = eigenvalues[-1] * num_active * jnp.finfo(gramian.dtype).eps
-    kept = eigenvalues > tolerance
-    rank = jnp.sum(kept)
-
-    safe_eigenvalues = jnp.where(kept, eigenvalues, 1)
+    values, inverse_root, _ = eigen.spectrum(gramian)
+    kept = values != 0
+    rank = jnp.sum(kept, dtype=jnp.int32)
     if scale_mode == "min":
-        scale = jnp.min(jnp.where(kept, eigenvalues, jnp.inf))
+        scale = jnp.min(jnp.where(kept, values, jnp.inf))
     elif scale_mode == "median":
-        # eigenvalues ascend, so those kept are the last `rank`
-        scale = eigenvalues[eigenvalues.size - rank + (rank - 1) // 2]
+        # values ascend, so those kept are the last `rank`
+        scale = values[values.size - rank + (rank - 1) // 2]
     else:
-        total = jnp.sum(jnp.where(kept, eigenvalues, 0))
-        scale = total / jnp.maximum(rank, 1).astype(total.dtype)
+        longest = jnp.where(rank > 0, values[-1], 1)
+        mean_square = jnp.sum((values / longest) ** 2) / jnp.maximum(rank, 1).astype(values.dtype)
+        scale = longest * jnp.sqrt(jnp.where(rank > 0, mean_square, 1))
 
-    components = jnp.where(kept, eigenvectors.T @ preference / jnp.sqrt(safe_eigenvalues), 0)
-    aligned = jnp.sqrt(jnp.where(rank > 0, scale, 1)) * (eigenvectors @ components)
-    return jnp.where(rank > 0, aligned, preference)
+    balance = jnp.where(rank > 0, scale, 1) * inverse_root
+    aligned = jnp.matmul(balance, preference, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(rank > 0, aligned, preference), rank
 
 
 def aligned_mtl(
@@ -72,7 +78,7 @@ def aligned_mtl(
     Returns:
       A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has norm sigma times that of `preference` (for full rank): with the default,
-      the least singular value over sqrt(T).
+      the least singular value over sqrt(T). Its state is an `AlignedMTLState`.
 
     Raises:
       ValueError: for an unknown `scale_mode`; at trace time, from `update`, if the
@@ -80,10 +86,12 @@ def aligned_mtl(
 
     Note:
       The authors' code has w = 1 for each task: its update is T times ours with w = 1/T,
-      which the paper states; pass `preference=jnp.ones(T)` for theirs. Eigenvalues of at most
-      T times the machine epsilon times the largest count as zero, as in their code; in float32
-      this bounds the condition number of the gradient matrix by about 2,000. Where all
-      gradients are zero the weights are `preference`.
+      which the paper states; pass `preference=jnp.ones(T)` for theirs. It also drops all
+      components shorter than 1/2,000 (in float32) of the longest, and with them the tasks of
+      small gradients. Here only directions are dropped that the cosines between the gradients
+      cannot tell from those of others, however long the gradients are: the condition number of
+      the matrix of unit gradients is then about 1,000 in float32. Where all gradients are zero
+      the weights are `preference`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,7 +115,10 @@ def aligned_mtl(
 
     def update(tasks, state):
         chosen = tasks.preference(preference)
-        num_active = jnp.sum(tasks.task_mask)
-        return aligned_mtl_weights(tasks.gramian, chosen, num_active, scale_mode), state
+        weights, rank = aligned_mtl_weights(tasks.gramian, chosen, scale_mode)
+        return weights, AlignedMTLState(rank)
 
-    return core.gradient_surgery(core.Weighting(tuple, update), name=name)
+    def init():
+        return AlignedMTLState(jnp.zeros((), jnp.int32))
+
+    return core.gradient_surgery(core.Weighting(init, update), name=name)

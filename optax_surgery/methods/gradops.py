@@ -20,12 +20,10 @@ def gradops_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
     Returns:
       (T,) weights, possibly negative.
     """
-    inverse_norms, eigenvalues, eigenvectors, kept = linear.cosine_eigh(gramian)
-    present = inverse_norms > 0
-    inverse_eigenvalues = jnp.where(kept, 1 / jnp.where(kept, eigenvalues, 1), 0)
-    inverse = (eigenvectors * inverse_eigenvalues[None, :]) @ eigenvectors.T
-    in_null_space = jnp.sum(jnp.where(kept[None, :], 0, eigenvectors**2), axis=1)
-    independent = present & (in_null_space < jnp.sqrt(jnp.finfo(gramian.dtype).eps))
+    cosines, inverse_norms = linear.unit_gradients(gramian)
+    inverse, independence = linear.pseudo_inverse(cosines)
+    dependent = 1 - independence >= jnp.sqrt(jnp.finfo(gramian.dtype).eps)
+    independent = (inverse_norms > 0) & ~dependent
     parts = jnp.where(independent, preference / jnp.where(independent, jnp.diagonal(inverse), 1), 0)
     norms = jnp.sqrt(jnp.diagonal(gramian))
     return inverse_norms * (inverse @ (norms * parts))

@@ -121,6 +121,7 @@ def scalars(state: Any, names: Any = None) -> dict[str, jax.Array]:
       `least_cosine` and `mean_cosine` over the pairs (1 if there is none); `condition_number`;
       `norm/NAME` of each task's gradient, and `weight/NAME` with a surgery;
     - from a method with a solver: `converged` and `residual`;
+    - from `aligned_mtl`: `num_components`, how many principal components it kept;
     - from `on_nonfinite`: `tasks_masked`, how many tasks were not finite so far;
     - from every surgery: `unusable_losses`, how many losses it could not use so far.
 
@@ -206,6 +207,7 @@ def _numbers(node: Any, names: list[str] | None) -> Iterator[tuple[str, jax.Arra
 _REPORTED = {
     "converged": "converged",
     "residual": "residual",
+    "num_components": "num_components",
     "nonfinite_tasks": "tasks_masked",
     "unusable_losses": "unusable_losses",
 }
