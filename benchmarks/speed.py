@@ -3,8 +3,10 @@
 The jitted update of each method, on stacks of T gradients of length N and on those of a ResNet-50
 and a small transformer, against TorchJD on the same arrays, against PCGrad as it is usually written
 in JAX, and against `jnp.mean`. The floor is what no surgery can do without: to read the stack
-twice and to write the update once, timed in the same run. All take turns in every round. Run
-`python -m benchmarks.speed`; the peers are the extra `peers`, and who is missing is named.
+twice and to write the update once, timed in the same run. All take turns in every round. Before
+that, what it takes to trace, lower and compile each method, against the same rule between plain
+products. Run `python -m benchmarks.speed`; the peers are the extra `peers`, and who is missing is
+named.
 """
 
 import collections
@@ -92,6 +94,11 @@ PLAIN_LIMIT = 1e9  # T^2 N beyond which the plain PCGrad would take most of the 
 ROUNDS = range(5, 50)  # at least and at most
 SLOW_ROUNDS = 3  # at least, for what takes more than its share of the time
 SAMPLE_SECONDS = 2e-3  # shorter calls are timed several at once
+# The leaves whose set-up is timed: so many of each shape. One of each is compiled, as XLA compiles
+# every leaf anew and would take minutes.
+SETUP_SHAPES = (256,), (256, 64), (64, 64, 3, 3), (512, 512)
+SETUP_COPIES = 50
+SETUP_REPEATS = 3
 PAUSE_SECONDS = 2e-3  # before each sample, in which the other runtime's threads fall asleep
 
 
@@ -111,7 +118,10 @@ class Config:
         "resnet50",
     )
     methods: Annotated[tuple, "what to time", tuple(METHODS)] = tuple(METHODS)
-    seconds: Annotated[float, "that the run may take; what would not fit is left out", 1] = 225.0
+    setup_tasks: Annotated[tuple, "numbers of tasks whose set-up is timed", 1] = (4, 50)
+    seconds: Annotated[
+        float, "that the run may take after the set-up; what would not fit is left out", 1
+    ] = 225.0
     out: Annotated[Path, "folder for the results", None] = Path("results/speed")
     overwrite: Annotated[bool, "replace the results of an earlier run", None] = False
 
@@ -489,6 +499,77 @@ def run(config, jobs, aggregators, left_out, progress):
     return results
 
 
+# --- Set-up
+
+
+def surgery_by_plain_products(method, stack):
+    """The update of a method as a user of JAX might write it, with our rule for the weights."""
+    leaves = jax.tree.leaves(stack)
+    products = functools.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
+    axes = [tuple(range(1, leaf.ndim)) for leaf in leaves]
+    gramian = sum(
+        products(leaf, leaf, axes=(own, own)) for leaf, own in zip(leaves, axes, strict=True)
+    )
+    tx = method()
+    weights, _ = tx.update(jnp.eye(len(leaves[0])), tx.init(None), gramian=gramian)
+    return jax.tree.map(lambda leaf: products(weights, leaf, axes=(0, 0)), stack)
+
+
+def setup_seconds(function, num_tasks):
+    """Seconds to trace and to lower a function of all leaves, and to compile it of one of each."""
+
+    def stack(copies):
+        shapes = [(num_tasks, *shape) for shape in SETUP_SHAPES for _ in range(copies)]
+        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    found = []
+    for _ in range(SETUP_REPEATS):
+        jax.clear_caches()  # else the second method would find what the first has traced
+        start = time.perf_counter()
+        traced = jax.jit(function).trace(stack(SETUP_COPIES))
+        middle = time.perf_counter()
+        traced.lower()
+        found.append((middle - start, time.perf_counter() - middle))
+    trace, lower = min(found, key=sum)
+    lowered = jax.jit(function).lower(stack(1))
+    start = time.perf_counter()
+    lowered.compile()
+    return {"trace": trace, "lower": lower, "compile": time.perf_counter() - start}
+
+
+def measure_setup(config, progress):
+    """For each method and number of tasks, what ours takes and what plain products take."""
+    cases = [(method, tasks) for method in config.methods for tasks in config.setup_tasks]
+    rows = []
+    for method, tasks in progress.track(cases, description="Set-up"):
+        tx = METHODS[method]()
+        ways = {
+            "optax_surgery": lambda stack, tx=tx: tx.update(stack, tx.init(None))[0],
+            "plain JAX": functools.partial(surgery_by_plain_products, METHODS[method]),
+        }
+        seconds = {name: setup_seconds(function, tasks) for name, function in ways.items()}
+        rows.append({"method": method, "num_tasks": tasks, "seconds": seconds})
+    return rows
+
+
+def make_setup_table(rows):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    steps = "trace", "lower", "compile"
+    table.add_column("set-up")
+    for heading in ("T", *(f"{step}\nms" for step in steps), "trace, lower\n/ plain JAX"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ours, plain = (row["seconds"][name] for name in ("optax_surgery", "plain JAX"))
+        ratio = (ours["trace"] + ours["lower"]) / (plain["trace"] + plain["lower"])
+        table.add_row(
+            row["method"],
+            f"{row['num_tasks']}",
+            *(f"{1e3 * ours[step]:.0f}" for step in steps),
+            f"{ratio:.2f}",
+        )
+    return table
+
+
 # --- What it finds
 
 
@@ -582,6 +663,11 @@ def in_words(results, left_out):
         yield f"Left out, as {reason}: {'; '.join(what)}."
 
 
+SETUP_LEGEND = f"""\
+Of {SETUP_COPIES * len(SETUP_SHAPES)} leaves of {len(SETUP_SHAPES)} shapes, to trace and to lower; \
+of one leaf of each shape, to compile.
+"""
+
 LEGEND = """\
 Ratios of times, medians over rounds ± half the distance of the quartiles. Floor: two reads of the
 stack and one write of the update.
@@ -674,6 +760,7 @@ def main(argv=None):
         parser.error("nothing of --tasks and --sizes fits into memory, and there are no --networks")
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        setup = measure_setup(config, progress)
         results = run(config, jobs, aggregators, left_out, progress)
     for result in results.values():
         result["ratios"] = ratios(result["seconds"])
@@ -681,12 +768,13 @@ def main(argv=None):
     findings = [*machine(busy), *in_words(results, left_out)]
     console = Console(highlight=False)
     console.width = max(console.width, 140)
+    console.print(make_setup_table(setup), SETUP_LEGEND, sep="\n", soft_wrap=True)
     console.print(make_table(results), LEGEND, *findings, sep="\n", soft_wrap=True)
 
     picture = io.BytesIO()
     make_figure(results).savefig(picture)
     rows = [{**case._asdict(), **result} for case, result in results.items()]
-    text = as_json(config, findings=findings, busy_cores=busy, results=rows)
+    text = as_json(config, findings=findings, busy_cores=busy, setup=setup, results=rows)
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))
     console.print(f"\nWritten: {files[0]} and {files[1]}")
 

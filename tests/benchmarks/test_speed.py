@@ -17,11 +17,14 @@ def small_network(monkeypatch):
     network = nn.Dense(5), jax.ShapeDtypeStruct((3, 4), jnp.float32)
     monkeypatch.setitem(speed.NETWORKS, "transformer", network)
     monkeypatch.setattr(speed, "ROUNDS", range(2, 3))
+    monkeypatch.setattr(speed, "SETUP_SHAPES", ((3,), (2, 3)))
+    monkeypatch.setattr(speed, "SETUP_COPIES", 2)
+    monkeypatch.setattr(speed, "SETUP_REPEATS", 1)
 
 
 def run(out, *options):
     small = ["--networks", "transformer", "--sizes", "1000", "--methods", "pcgrad", "aligned_mtl"]
-    speed.main([*small, *options, "--out", str(out)])
+    speed.main([*small, "--setup-tasks", "2", *options, "--out", str(out)])
     return json.loads((out / "results.json").read_text())
 
 
@@ -37,6 +40,11 @@ def test_a_small_run_writes_what_it_measured(tmp_path, capsys, monkeypatch, smal
         assert set(row["ratios"]) == expected
         assert {"optax_surgery aligned_mtl", "write", "read by sum"} <= set(row["seconds"])
         assert all(min(found) > 0 for found in row["seconds"].values())
+    timed = [(row["method"], row["num_tasks"]) for row in results["setup"]]
+    assert timed == [("pcgrad", 2), ("aligned_mtl", 2)]
+    for row in results["setup"]:
+        assert set(row["seconds"]) == {"optax_surgery", "plain JAX"}
+        assert all(min(found.values()) > 0 for found in row["seconds"].values())
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "Left out, as torch or torchjd is not installed: TorchJD" in said
@@ -88,6 +96,15 @@ def test_the_plain_pcgrad_is_pcgrad():
     expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)])
     found = speed.plain_pcgrad(stack, jax.random.key(0))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_surgery_by_plain_products_is_the_surgery():
+    stack = {"a": jnp.array([[[1.0, 2.0]], [[-2.0, 1.0]]]), "b": jnp.array([[1.0], [-3.0]])}
+    tx = surgery.pcgrad()
+    updates, _ = tx.update(stack, tx.init(None))
+    found = speed.surgery_by_plain_products(surgery.pcgrad, stack)
+    for name, expected in updates.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("on_leaves", [False, True])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks import compiled  # before JAX looks for devices
-from optax_surgery import products
+from optax_surgery.products import gpu, tpu
 
 # A scalar, few coordinates, a divisor that is a good length, none (elementwise, then blocks), and
 # an array that fills a TPU's tiles better the other way round.
 SHAPES = [(), (3, 5), (64, 96), (2503,), (17_389,), (20, 1000)]
-FORMS = {"tpu": products._gramian_tpu, "gpu": products._gramian_gpu}
+FORMS = {"tpu": tpu.gramian, "gpu": gpu.gramian}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
