@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from optax_surgery import checks, core, metrics
+from optax_surgery import checks, core
 from optax_surgery.algebra import solvers
 
 Normalize = Literal["none", "l2", "loss", "loss+"]
@@ -61,7 +61,9 @@ def mgda(normalize: Normalize = "none") -> core.Surgery:
     def update(tasks, state):
         scales = jnp.ones(tasks.num_tasks, tasks.dtype)
         if normalize in ("l2", "loss+"):
-            scales = metrics.task_norms(tasks.gramian)
+            squared_norms = jnp.diagonal(tasks.gramian)
+            # not the root of zero, which has no derivative
+            scales = jnp.sqrt(jnp.where(squared_norms == 0, 1, squared_norms))
         if by_losses:
             scales = scales * tasks.losses
         scales = jnp.where(scales == 0, 1, scales)

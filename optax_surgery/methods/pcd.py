@@ -56,7 +56,8 @@ def pcd_weights(
     # Opposite gradients may leave nothing but rounding errors.
     magnitude = jnp.sum(weights * jnp.sqrt(jnp.diagonal(scaled))) ** 2
     nonzero = squared_length > 10 * jnp.finfo(gramian.dtype).eps * magnitude
-    ratio = jnp.sqrt(squared_norm / jnp.where(nonzero, squared_length, 1))
+    nonzero = nonzero & (squared_norm > 0)  # the root of zero has no derivative
+    ratio = jnp.sqrt(jnp.where(nonzero, squared_norm / jnp.where(nonzero, squared_length, 1), 1))
     return jnp.where(nonzero, weights * inverse_scales * ratio, 0), solution
 
 

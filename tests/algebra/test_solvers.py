@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optax_surgery as surgery
 from optax_surgery.algebra import solvers
 
 NUM_TASKS = 20
@@ -328,9 +329,126 @@ def test_fair_weights_minimise_their_objective_wherever_it_has_a_minimum(kind, f
         assert np.isfinite(found).all()
         assert (found > 0).all()
         solvable = squared_length(rows, nearest) > rounding(rows, nearest, np.float32)
-        assert converged == solvable
+        # so near to cancelling that a Gramian made in this dtype could say nothing
+        blurred = squared_length(rows, found) <= 100 * rounding(rows, found, dtype)
+        assert converged == solvable or (solvable and blurred)
         if solvable:
             assert fair_loss(rows, factor, fairness, found) <= tolerance
+
+
+FAIR_METHODS = {
+    "nash_mtl": lambda num_tasks: surgery.nash_mtl(),
+    "fairgrad": lambda num_tasks: surgery.fairgrad(),
+    "pivrg": lambda num_tasks: surgery.pivrg(scores=jnp.arange(num_tasks)),
+}
+
+
+@functools.cache
+def fair_updates(name, num_tasks):
+    """Updates and reports of a method on a batch of stacked gradients (B, T, n)."""
+    method = FAIR_METHODS[name](num_tasks)
+
+    def update(stacked):
+        updates, state = method.update(stacked, method.init(stacked[0]))
+        reports = jax.tree.leaves(state, is_leaf=lambda leaf: hasattr(leaf, "converged"))
+        return updates, next(leaf for leaf in reports if hasattr(leaf, "converged"))
+
+    return jax.jit(jax.vmap(update))
+
+
+def fair_update(name, stacks, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        outcome = fair_updates(name, stacks.shape[1])(stacks.astype(dtype))
+        return jax.tree.map(np.asarray, outcome)
+
+
+@FLOATS
+@pytest.mark.parametrize("num_tasks", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", FAIR_METHODS)
+def test_no_factor_between_opposite_gradients_passes_for_a_balance(name, num_tasks, dtype):
+    rng = np.random.default_rng(num_tasks)
+    stacks = rng.standard_normal((300, num_tasks, 10))
+    stacks[:, 1] = -(10 ** rng.uniform(-2, 2, (300, 1))) * stacks[:, 0]
+    for scale in (1e-10, 1e-3, 1.0, 1e10):
+        updates, report = fair_update(name, scale * stacks, dtype)
+        assert not report.converged.any()
+        assert np.isfinite(updates).all()
+
+
+@FLOATS
+@pytest.mark.parametrize("num_tasks", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", FAIR_METHODS)
+def test_conflicts_short_of_cancelling_are_balanced(name, num_tasks, dtype):
+    """Cosines of condition 1e3, whose least eigenvector is positive."""
+    rng = np.random.default_rng(num_tasks)
+    stacks = []
+    for _ in range(100):
+        left = np.linalg.qr(
+            np.column_stack([np.ones(num_tasks), rng.standard_normal((num_tasks, num_tasks - 1))])
+        )[0]
+        right = np.linalg.qr(rng.standard_normal((10, num_tasks)))[0]
+        rows = left * np.geomspace(10**-1.5, 1, num_tasks) @ right.T
+        stacks.append(rows * 10 ** rng.uniform(-2, 2, (num_tasks, 1)))
+    for scale in (1e-10, 1.0, 1e10):
+        updates, report = fair_update(name, scale * np.stack(stacks), dtype)
+        assert report.converged.all()
+        assert np.isfinite(updates).all()
+
+
+@FLOATS
+@pytest.mark.parametrize("kind", ["full rank", "spread", "conflicting"])
+def test_what_is_held_at_its_bound_is_exactly_zero(kind, dtype):
+    """A variable is above zero, or its slack is: strictly, as these problems are generic."""
+    jacobians, wanted = problems(kind), preferences(kind)
+    least, _ = solve(solvers.min_norm_point, jacobians, dtype)
+    dual, _ = solve(dual_cone, jacobians, dtype, wanted)
+    held = 0
+    for rows, preference, shortest, projected in zip(jacobians, wanted, least, dual, strict=True):
+        norms = np.linalg.norm(rows, axis=1)
+        d = rows.T @ shortest
+        slack = (rows @ d - d @ d) / norms / np.linalg.norm(d)
+        assert (shortest[slack > 1e-3] == 0).all()
+        assert (slack[shortest == 0] > 0).all()
+        d = rows.T @ projected
+        slack = (rows @ d) / norms / np.linalg.norm(rows.T @ preference)
+        assert (projected[slack > 1e-3] == preference[slack > 1e-3]).all()
+        held += np.sum(shortest == 0) + np.sum(projected == preference)
+    assert held > 20
+
+
+@FLOATS
+def test_a_preference_that_conflicts_with_no_task_is_left_exactly(dtype):
+    rng = np.random.default_rng(9)
+    stacks = np.abs(rng.standard_normal((50, 5, 8))).astype(dtype)
+    preference = rng.uniform(0.1, 1, 5).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        project = jax.jit(jax.vmap(solvers.dual_cone_projection, in_axes=(0, None, None)))
+        found = project(stacks @ stacks.transpose(0, 2, 1), preference, np.ones(5, bool))
+        np.testing.assert_array_equal(found.weights, np.tile(preference, (50, 1)))
+
+
+@FLOATS
+@pytest.mark.parametrize("num_tasks", [2, 3, 5])
+def test_the_shortest_vector_between_opposite_gradients_is_zero(num_tasks, dtype):
+    rng = np.random.default_rng(num_tasks)
+    stacks = rng.standard_normal((100, num_tasks, 10))
+    stacks[:, 1] = -(10 ** rng.uniform(-2, 2, (100, 1))) * stacks[:, 0]
+    method = surgery.mgda()
+    with jax.enable_x64(dtype == np.float64):
+        update = jax.jit(jax.vmap(lambda rows: method.update(rows, method.init(rows[0]))[0]))
+        updates = np.asarray(update(stacks.astype(dtype)))
+    longest = np.linalg.norm(stacks, axis=2).max(axis=1)
+    assert (np.linalg.norm(updates, axis=1) <= 20 * np.finfo(dtype).eps * longest).all()
+
+
+def test_strict_promotion_of_dtypes_is_met():
+    gramian, mask, preference = example(4)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(all_solvers, gramian, mask, preference)
+        jax.eval_shape(
+            jax.grad(lambda g: sum(jnp.sum(s.weights) for s in all_solvers(g, mask, preference))),
+            gramian,
+        )
 
 
 def test_closed_forms():
