@@ -6,6 +6,7 @@ of pytrees, dtypes, masks, randomness and state. Where the update is no weighted
 gradients, a `StackedRule` sees the gradients themselves, and `stacked_surgery` does the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -114,6 +115,7 @@ class MadeGramian(Once):
     Attributes:
       scale: as `Tasks.gramian_scale`, or None for 1.
       relative: as `Tasks.relative_gramian`, or None where that is all the same.
+      differences: as `Tasks.differences`, or None where the Gramian is all that is known.
     """
 
     def __init__(
@@ -121,9 +123,10 @@ class MadeGramian(Once):
         gramian: Callable[[], jax.Array],
         scale: Callable[[], jax.Array] | None = None,
         relative: Callable[[], tuple[jax.Array, jax.Array]] | None = None,
+        differences: Callable[[], Callable[..., trees.Differences]] | None = None,
     ):
         super().__init__(gramian)
-        self.scale, self.relative = scale, relative
+        self.scale, self.relative, self.differences = scale, relative, differences
 
 
 class Tasks:
@@ -194,9 +197,19 @@ class Tasks:
             gramian, scales = given.relative()
             return trees.mask_gramian(mask, gramian.astype(dtype)), scales.astype(dtype)
 
-        gathered = Once(gather)
+        def differences():
+            if given is None:
+                return lambda base, factors=None: trees.differences(updates, base, mask, factors)
+            if isinstance(given, MadeGramian) and given.differences is not None:
+                find = given.differences()
+            else:
+                find = functools.partial(trees.differences_by_gramian, *relative())
+            return lambda base, factors=None: _without(mask, find(base, factors=factors))
+
+        gathered, relative = Once(gather), Once(gather_relative)
+        self._differences = differences
         self._key, self._gathered, self._losses = Once(draw), gathered, Once(losses)
-        self._relative = Once(gather_relative)
+        self._relative = relative
 
     @property
     def key(self) -> jax.Array:
@@ -229,6 +242,17 @@ class Tasks:
         For what looks at norms and cosines: right where norms of 1e30 and 1e-30 stand side by side.
         """
         return self._relative()
+
+    @property
+    def differences(self) -> Callable[..., trees.Differences]:
+        """What gathers the differences of the gradients from that of one task.
+
+        It is called with the number of that task, which may be traced, and perhaps with (T,)
+        `factors` of the gradients, and returns `trees.Differences`. For what looks at distances:
+        where gradients have a large part in common, the Gramian holds nothing else. A call costs as
+        much as the Gramian, and is not remembered. Look outside of a loop, and call within.
+        """
+        return self._differences()
 
     @property
     def given_gramian(self) -> jax.Array:
@@ -530,7 +554,10 @@ def transformation(
 def weights_of(surgery: Surgery, tasks: Tasks, state: Any) -> tuple[jax.Array, Any]:
     """The weights that a surgery finds for these tasks: its update of the identity."""
     made = MadeGramian(
-        lambda: tasks.gramian, lambda: tasks.gramian_scale, lambda: tasks.relative_gramian
+        lambda: tasks.gramian,
+        lambda: tasks.gramian_scale,
+        lambda: tasks.relative_gramian,
+        lambda: tasks.differences,
     )
     return identity_update(surgery, state, tasks.num_tasks, tasks.dtype, tasks.extra_args, made)
 
@@ -622,6 +649,15 @@ def rows(task_updates: optax.Updates) -> optax.Updates:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), task_updates
     )
+
+
+def _without(mask: jax.Array | None, found: trees.Differences) -> trees.Differences:
+    """The differences, with zeros for masked tasks."""
+    if mask is None:
+        return found
+    cosines = trees.mask_gramian(mask, found.cosines)
+    lengths, sizes = (jnp.where(mask, each, 0) for each in (found.lengths, found.sizes))
+    return trees.Differences(cosines, lengths, sizes)
 
 
 def _prng_key(key: jax.Array | int) -> jax.Array:

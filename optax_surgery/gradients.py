@@ -6,6 +6,7 @@ the same arguments, by position and by keyword. They run under `jit`, `vmap` and
 
 from __future__ import annotations  # `help` shows them as they are written
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
@@ -415,9 +416,8 @@ def _operated(
     # Where the surgery looks within a branch, what is found for the update stays there.
     found = core.Once(lambda: passes.gramian(mask))
     dtype, num_tasks = trees.gramian_dtype(passes.losses), passes.num_tasks
-    weights, new_state = core.identity_update(
-        surgery, state, num_tasks, dtype, for_surgery, lambda: found()[0]
-    )
+    made = core.MadeGramian(lambda: found()[0], differences=lambda: passes.differences(mask))
+    weights, new_state = core.identity_update(surgery, state, num_tasks, dtype, for_surgery, made)
     rest = weights
     if others == "sum" and not all(mask):
         rest = trees.active_tasks(num_tasks, for_surgery).astype(weights.dtype)
@@ -530,7 +530,12 @@ def feature_surgery_value_and_grad(
                 num_tasks,
                 trees.gramian_dtype(feature_grads),
                 for_surgery,
-                lambda: trees.gramian_in_range(feature_grads, active),
+                core.MadeGramian(
+                    lambda: trees.gramian_in_range(feature_grads, active),
+                    differences=lambda: functools.partial(
+                        trees.differences, feature_grads, task_mask=active
+                    ),
+                ),
             )
         num_leaves = len(jax.tree.leaves(both))
         _, head_grads = passes.update([weights.astype(passes.losses.dtype)] * num_leaves)

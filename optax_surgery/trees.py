@@ -4,9 +4,10 @@ This is the only file of the library that knows about leaves, dtypes and
 precision. Everything else sees a (T, T) matrix and T weights.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,11 @@ from jax import lax
 from optax_surgery import checks, products
 
 PerTask = Any  # an array of shape (T,), or a tree of T scalars
+
+# What is subtracted goes through a leaf in blocks of up to so many numbers.
+_BLOCK_SIZE = 2**22
+# How many times the machine epsilon the rounding error of a squared difference is at most.
+ROUNDING = 8
 
 
 def task_names(losses: Any) -> list[str]:
@@ -40,7 +46,11 @@ def task_names(losses: Any) -> list[str]:
     return [str(number) for number in range(jnp.size(losses))]
 
 
-def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> jax.Array:
+def gramian(
+    task_updates: optax.Updates,
+    other: optax.Updates | None = None,
+    scale: float | jax.Array | None = None,
+) -> jax.Array:
     """The inner products of the task gradients, summed over all leaves.
 
     Every leaf is contracted where it lies: nothing is flattened or concatenated,
@@ -52,9 +62,13 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
       task_updates: pytree whose leaves have shape (T, *param.shape).
       other: task gradients of the same shapes from another batch, for the methods that
         take the cross-Gramian of two independent batches.
+      scale: () number by which all gradients are multiplied first, or None for 1. Squares of
+        gradients have to fit float32, norms between 1e-16 and 1e18; for others take a power of two
+        that brings them there. Surgeries find one by themselves, of gradients that they are given.
 
     Returns:
-      G of shape (T, T), G[i, j] = g_i . g_j (g_i . other_j), float32 or float64.
+      G of shape (T, T), G[i, j] = g_i . g_j (g_i . other_j), float32 or float64; times the square
+      of `scale`.
 
     Raises:
       ValueError: a leaf is not stacked, not real, or disagrees on T.
@@ -69,7 +83,9 @@ def gramian(task_updates: optax.Updates, other: optax.Updates | None = None) -> 
     checks.some_leaves(checks.stacked(task_updates))
     if other is not None:
         checks.two_batches(task_updates, other)
-    return _scaled_gramian(task_updates, other, None)
+    if scale is not None:
+        scale = jnp.asarray(scale, gramian_dtype((task_updates, other)))
+    return _scaled_gramian(task_updates, other, scale)
 
 
 def gramian_in_range(task_updates: optax.Updates, task_mask: jax.Array | None = None) -> jax.Array:
@@ -131,11 +147,7 @@ def relative_gramian(
     def apart():
         peaks = largest_coordinates(task_updates)
         peaks = peaks if task_mask is None else jnp.where(task_mask, peaks, 0)
-        normal = jnp.isfinite(peaks) & (peaks > 0)
-        exponents = jnp.frexp(jnp.where(normal, peaks, 1))[1]
-        scales = jnp.exp2(
-            jnp.clip(-exponents, info.minexp + 2, info.maxexp - 2).astype(plain.dtype)
-        )
+        scales = scales_to_one(peaks, info)
         return mask_gramian(task_mask, _scaled_gramian(task_updates, None, scales)), scales
 
     ones = jnp.ones_like(squares)
@@ -145,13 +157,196 @@ def relative_gramian(
 def largest_coordinates(task_updates: optax.Updates) -> jax.Array:
     """(T,) the largest absolute value in each gradient."""
     dtype = gramian_dtype(task_updates)
-    largest = jax.tree.map(
-        lambda leaf: jnp.max(
-            jnp.abs(leaf).astype(dtype), axis=tuple(range(1, jnp.ndim(leaf))), initial=0
-        ),
-        task_updates,
-    )
+    largest = jax.tree.map(lambda leaf: _peaks(jnp.asarray(leaf), dtype), task_updates)
     return jax.tree.reduce(jnp.maximum, largest)
+
+
+def _peaks(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.max(jnp.abs(rows).astype(dtype), axis=tuple(range(1, rows.ndim)), initial=0)
+
+
+# Differences of gradients, of which a common part that is large leaves nothing in the Gramian
+
+
+class Differences(NamedTuple):
+    """The differences of the task gradients from the gradient of one task.
+
+    Attributes:
+      cosines: (T, T) of the differences; zero in rows and columns of those that are zero.
+      lengths: (T,) their lengths.
+      sizes: (T,) the lengths that rounding errors are relative to: that of the inner product of two
+        differences is at most a few times eps times the product of theirs. These are the lengths
+        themselves, or more where the differences were not taken number by number.
+    """
+
+    cosines: jax.Array
+    lengths: jax.Array
+    sizes: jax.Array
+
+    def distances(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The (T, T) distances of the gradients, between which bounds they are, and they.
+
+        Returns:
+          The lower bounds, the distances, and the upper bounds.
+        """
+        largest = longest(self.lengths.dtype)
+        longer = jnp.maximum(self.lengths[:, None], self.lengths[None, :])
+        unit = jnp.where(longer > 0, longer, 1)
+        one, other = self.lengths[:, None] / unit, self.lengths[None, :] / unit
+        squares = (one - other) ** 2 + 2 * one * other * jnp.maximum(1 - self.cosines, 0)
+        both = jnp.minimum((self.sizes[:, None] + self.sizes[None, :]) / unit, 2.0**40)
+        error = ROUNDING * jnp.finfo(unit.dtype).eps * both**2
+        near, far = jnp.maximum(squares - error, 0), squares + error
+        same = jnp.eye(self.lengths.size, dtype=bool)
+        return tuple(  # pyright: ignore[reportReturnType]
+            jnp.where(same, 0, unit * jnp.minimum(_root(each), largest / unit))
+            for each in (near, squares, far)
+        )
+
+
+def _root(squares: jax.Array) -> jax.Array:
+    """The root, 0 for what is not above 0, where it has a derivative too."""
+    above = squares > 0
+    return jnp.where(above, jnp.sqrt(jnp.where(above, squares, 1)), 0)
+
+
+def longest(dtype: jnp.dtype) -> float:
+    """The largest length that is told from others, of which the inverse is a normal number."""
+    return float(jnp.finfo(dtype).max) / 16
+
+
+def differences(
+    task_updates: optax.Updates,
+    base: jax.Array,
+    task_mask: jax.Array | None = None,
+    factors: jax.Array | None = None,
+) -> Differences:
+    """The differences of the task gradients from that of one task, taken number by number.
+
+    Args:
+      task_updates: pytree whose leaves have shape (T, *shape).
+      base: () the number of the task whose gradient is subtracted.
+      task_mask: (T,) bool, False for gradients to leave out, whatever they hold; or None.
+      factors: (T,) not negative, by which the gradients are multiplied beforehand; or None.
+    """
+    dtype = gramian_dtype(task_updates)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(task_updates)]
+    taken = jnp.ones(leaves[0].shape[0], bool) if task_mask is None else task_mask
+    subtracted = [_Subtracted(leaf, base, factors, dtype) for leaf in leaves]
+
+    def products_of(scales):
+        total = functools.reduce(jnp.add, [each.gramian(scales) for each in subtracted])
+        return mask_gramian(task_mask, total)
+
+    plain = products_of(None)
+    info = jnp.finfo(dtype)
+    least, largest = _range_of_squares(task_updates, dtype)
+    squares = jnp.diagonal(plain)
+    in_range = (squares >= least) & (squares <= largest)
+    in_range |= ~taken | (jnp.arange(taken.size) == base)
+
+    def apart():
+        peaks = functools.reduce(jnp.maximum, [each.peaks() for each in subtracted])
+        scales = scales_to_one(jnp.where(taken, peaks, 0), info)
+        return products_of(scales), scales
+
+    found, scales = lax.cond(
+        everywhere(jnp.all(in_range)), lambda: (plain, jnp.ones_like(squares)), apart
+    )
+    return differences_of_products(found, scales)
+
+
+class _Subtracted:
+    """The rows of one leaf less one of them, in the dtype of sums."""
+
+    def __init__(self, rows, base, factors, dtype):
+        self._rows, self._base, self._factors, self._dtype = rows, base, factors, dtype
+
+    def _read(self, rows):
+        rows = rows.astype(self._dtype)
+        if self._factors is not None:
+            rows = rows * along_tasks(self._factors.astype(self._dtype), rows)
+        if jax.typeof(rows).sharding.spec[0] is None:
+            return rows - lax.dynamic_index_in_dim(rows, self._base, 0)
+        # Of rows that lie on several devices one is taken by a sum that all of them take part in.
+        chosen = jnp.arange(rows.shape[0]) == self._base
+        row = products.leaf_combination(chosen.astype(self._dtype), rows, task_mask=chosen)
+        return rows - row[None]
+
+    def _gramian(self, rows, scales):
+        return products.gramian_of_leaves([(self._read(rows),)], dtype=self._dtype, scale=scales)
+
+    def gramian(self, scales):
+        rows = self._rows
+        # A loop over blocks of a leaf that the partitioner shards would gather it.
+        if rows.size <= _BLOCK_SIZE or products.may_be_partitioned(rows):
+            return self._gramian(rows, scales)
+        # A block at a time, so that there is no copy of all rows.
+        num_tasks = rows.shape[0]
+        rows = rows.reshape(num_tasks, -1)
+        size = max(_BLOCK_SIZE // num_tasks, 1)
+        num_blocks = rows.shape[1] // size
+
+        def add_block(number, total):
+            block = lax.dynamic_slice_in_dim(rows, number * size, size, axis=1)
+            return total + self._gramian(block, scales)
+
+        # Zeros that vary over a manual mesh as the rows do.
+        zeros = lax.full_like(rows, 0, self._dtype, (num_tasks, num_tasks))
+        total = lax.fori_loop(0, num_blocks, add_block, zeros)
+        return total + self._gramian(rows[:, num_blocks * size :], scales)
+
+    def peaks(self):
+        return _peaks(self._read(self._rows), self._dtype)
+
+
+def differences_of_products(products: jax.Array, scales: jax.Array | None = None) -> Differences:
+    """The differences whose inner products are known as exactly as they can be.
+
+    Args:
+      products: (T, T), of the differences times their scales.
+      scales: (T,) powers of two, or None for 1.
+    """
+    squares = jnp.diagonal(products)
+    scaled = _root(squares)
+    present = scaled > 0
+    inverse = jnp.where(present, 1 / jnp.where(present, scaled, 1), 0)
+    cosines = jnp.clip(products * inverse[:, None] * inverse[None, :], -1, 1)
+    lengths = scaled if scales is None else jnp.minimum(scaled / scales, longest(scaled.dtype))
+    return Differences(cosines, lengths, lengths)
+
+
+def differences_by_gramian(
+    gramian: jax.Array, scales: jax.Array, base: jax.Array, factors: jax.Array | None = None
+) -> Differences:
+    """The differences of gradients of which only the Gramian is known, and how far they are.
+
+    Args:
+      gramian: (T, T) inner products of the gradients times their scales.
+      scales: (T,) powers of two.
+      base: () the number of the task whose gradient is subtracted.
+      factors: as of `differences`.
+    """
+    known = differences_of_products(gramian, scales)  # the gradients are their difference from 0
+    norms = known.lengths if factors is None else known.lengths * factors
+    peak = jnp.max(norms)
+    peak = jnp.where(peak > 0, peak, 1)
+    norms = norms / peak
+    inner = known.cosines * norms[:, None] * norms[None, :]
+    row, square = jnp.take(inner, base, axis=0), jnp.take(norms, base) ** 2
+    found = differences_of_products(inner - row[:, None] - row[None, :] + square)
+    is_base = jnp.arange(norms.size) == base
+    lengths = jnp.where(is_base, 0, found.lengths)
+    sizes = jnp.where(is_base, jnp.take(norms, base), norms + jnp.take(norms, base))
+    either = is_base[:, None] | is_base[None, :]
+    return Differences(jnp.where(either, 0, found.cosines), peak * lengths, peak * sizes)
+
+
+def scales_to_one(peaks: jax.Array, info: Any) -> jax.Array:
+    """(T,) powers of two that bring the largest coordinates near to 1; 1 where there is none."""
+    normal = jnp.isfinite(peaks) & (peaks > 0)
+    exponents = jnp.frexp(jnp.where(normal, peaks, 1))[1]
+    return jnp.exp2(jnp.clip(-exponents, info.minexp + 2, info.maxexp - 2).astype(peaks.dtype))
 
 
 def _range_of_squares(task_updates: optax.Updates, dtype: jnp.dtype) -> tuple[float, float]:

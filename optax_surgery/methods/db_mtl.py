@@ -58,9 +58,10 @@ def db_mtl(num_tasks: int, decay: float = 0.9, decay_power: float = 0.0) -> core
       Pass the gradients of the losses themselves: they are divided by the losses here, which is
       the gradient of the logarithm. Losses have to be above zero: the task of one that is not
       has weight zero in that step, keeps its average, and is counted in the state.
-      Averages start from zero without a correction, as in the authors' code, so that the first
-      update is 1 - beta times as long as without averages. Task heads take the gradients of
-      the log losses too, without the common length.
+      A gradient that is not finite, or not after the division, goes into the update and not into
+      the average. Averages start from zero without a correction, as in the authors' code, so that
+      the first update is 1 - beta times as long as without averages. Task heads take the gradients
+      of the log losses too, without the common length.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,7 +99,14 @@ def db_mtl(num_tasks: int, decay: float = 0.9, decay_power: float = 0.0) -> core
         averages = trees.move_tasks(rates, state.averages, of_logarithms)
         present = trees.mask_tasks(task_mask, averages)
         weights = db_mtl_weights(trees.gramian_in_range(present))
-        return trees.combine(weights, present), DBMTLState(averages)
+        # What is not finite shows in the update, but would never leave an average.
+        finite = jnp.isfinite(trees.largest_coordinates(averages))
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(trees.along_tasks(finite, new), new, old),
+            averages,
+            state.averages,
+        )
+        return trees.combine(weights, present), DBMTLState(kept)
 
     rule = core.StackedRule(init, update, usable=lambda tasks: tasks.losses > 0)
     return core.stacked_surgery(rule, name=name, num_tasks=num_tasks)

@@ -47,9 +47,15 @@ def ntkmtl(exponent: float = 0.5) -> core.Surgery:
     name = checks.arguments(ntkmtl, locals(), exponent="(0, inf)")
 
     def update(tasks, state):
-        squared_norms = jnp.diagonal(tasks.gramian)
-        present = squared_norms > 0  # a masked row is zero: it gets no weight
-        ratios = jnp.sum(squared_norms) / jnp.where(present, squared_norms, 1)
-        return jnp.where(present, ratios ** jnp.asarray(exponent, tasks.dtype), 0), state
+        gramian, scales = tasks.relative_gramian
+        largest = jnp.finfo(scales.dtype).max
+        norms = jnp.minimum(jnp.sqrt(jnp.diagonal(gramian)) / scales, largest)
+        present = norms > 0  # a masked row is zero: it gets no weight
+        # Roots, as squares of ratios need not fit the dtype.
+        peak = jnp.where(jnp.any(present), jnp.max(norms), 1)
+        stack = jnp.sqrt(jnp.sum((norms / peak) ** 2))
+        ratios = jnp.minimum(peak / jnp.where(present, norms, peak) * stack, largest)
+        powers = jnp.where(present, ratios, 1) ** jnp.asarray(2 * exponent, tasks.dtype)
+        return jnp.where(present, jnp.minimum(powers, largest), 0), state
 
     return core.gradient_surgery(core.Weighting(tuple, update), name=name)

@@ -92,7 +92,31 @@ class Backward:
 
     def gramian(self, chosen: Sequence[bool]) -> tuple[jax.Array, plan.Kept | None]:
         """The (T, T) Gramian of the chosen parameters, and what is kept for `update`."""
-        program, planned = self._program, self._plan
+        within, kept = self._pull_tasks(self._plan)
+        found = self._plan.gramian(within, chosen, kept)
+        return found, kept if self._plan.keeps(self.num_tasks, owned=True) else None
+
+    def differences(self, chosen: Sequence[bool]) -> Callable[..., trees.Differences]:
+        """Finds the differences of the gradients, of their stack.
+
+        Of what went in and came back for tasks with data of their own, there is no difference.
+        """
+        ways = [
+            way if way.name == "unused" else plan.Way("stack", (), "their differences are wanted")
+            for way in self._plan.ways
+        ]
+        planned = plan.Plan(self._program, self._leaves, ways)
+        _, kept = self._pull_tasks(planned)
+        stacks = [kept.stacks[place] for place in planned.by_vjp if chosen[place]]
+
+        def find(base: jax.Array, factors: jax.Array | None = None) -> trees.Differences:
+            return trees.differences(stacks, base, factors=factors)
+
+        return find
+
+    def _pull_tasks(self, planned):
+        """What is in loops, and what a pass for all tasks leaves of the rest."""
+        program = self._program
         zeros, tap = planned.zeros(), planned.tap(self.num_tasks, self._dtype)
         taps = jnp.broadcast_to(tap, (self.num_tasks, self.num_tasks))
         by_vjp = [self._params[place] for place in planned.by_vjp]
@@ -116,8 +140,7 @@ class Backward:
             stacks[place] = stack
         stacks = self._over.stacked(stacks, lambda: self._closed)
         kept = plan.Kept(planned.factors(operands, cotangents, owned=True), stacks)
-        gramian = planned.gramian(within, chosen, kept)
-        return gramian, kept if planned.keeps(self.num_tasks, owned=True) else None
+        return within, kept
 
     def _planned(self) -> plan.Plan:
         program, losses = self._program, flat.as_number(self._program, 0)

@@ -45,6 +45,7 @@ class Backward:
           params: pytree of parameters.
           with_products: whether a Gramian may be wanted, and not the stack of all gradients.
         """
+        self._again = lambda: Backward(function, params, with_products=False)
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(params)
         self._program = program = flat.flatten(closed)
         self._structure, self._leaves = jax.tree.structure(params), program.inputs
@@ -132,16 +133,35 @@ class Backward:
         Args:
           chunk_size: how many tasks go through the shared part at once.
         """
-        by_vjp, _, _ = self._pull_tasks(chunk_size)
-        return jax.tree.unflatten(self._structure, self._stacks(by_vjp))
+        rows = self._summed(self._on_rows)
+        by_vjp, _, _ = self._pull_tasks(chunk_size, rows)
+        return jax.tree.unflatten(self._structure, self._stacks(by_vjp, rows))
 
     def gramian(self, chosen: Sequence[bool]) -> tuple[jax.Array, plan.Kept | None]:
         """The (T, T) Gramian of the chosen parameters, and what is kept for `update`."""
-        by_vjp, cotangents, within = self._pull_tasks(None)
+        rows = self._summed(self._on_rows)
+        by_vjp, cotangents, within = self._pull_tasks(None, rows)
         factors = self._plan.factors(self._values, cotangents, owned=False)
-        kept = plan.Kept(factors, self._stacks(by_vjp))
+        kept = plan.Kept(factors, self._stacks(by_vjp, rows))
         found = self._plan.gramian(within, chosen, kept)
         return found, kept if self._plan.keeps(self.num_tasks, owned=False) else None
+
+    def differences(self, chosen: Sequence[bool]) -> Callable[..., trees.Differences]:
+        """Finds the differences of the gradients, of their stack.
+
+        Products of what went in hold what the gradients have in common, and hide the rest.
+        """
+        stacks = jax.tree.leaves(self._again().stacks())
+        wanted = [
+            stack
+            for take, stack, like in zip(chosen, stacks, self._like, strict=True)
+            if take and flat.is_differentiable(like)
+        ]
+
+        def find(base: jax.Array, factors: jax.Array | None = None) -> trees.Differences:
+            return trees.differences(wanted, base, factors=factors)
+
+        return find
 
     def update(self, weights: Sequence[jax.Array], kept: plan.Kept | None = None) -> Any:
         """The weighted sum of the task gradients, with (T,) weights of each parameter."""
@@ -166,9 +186,8 @@ class Backward:
             parts.append(by_vjp[self._plan.by_vjp.index(place)])
         return sum(parts[1:], parts[0]) if parts else plan.zeros_like(self._like[place])
 
-    def _stacks(self, by_vjp):
+    def _stacks(self, by_vjp, sums):
         """For each parameter its T gradients, None for those that are multiplied."""
-        sums = self._summed(self._on_rows)
         stacks: list[Any] = []
         for place, (leaf, way) in enumerate(zip(self._leaves, self._plan.ways, strict=True)):
             parts = [sums[leaf]] if leaf in sums else []
@@ -187,11 +206,11 @@ class Backward:
             return stack
         return as_param(stack, self._values[leaf])
 
-    def _pull_tasks(self, chunk_size):
+    def _pull_tasks(self, chunk_size, sums):
         """Takes all tasks through the shared part, side by side."""
         if not self._crossings:
             return [], {}, jnp.zeros((self.num_tasks, self.num_tasks), self._dtype)
-        rows = self._crossing(self._summed(self._on_rows))
+        rows = self._crossing(sums)
         if chunk_size is None:
             return jax.vmap(self._pull)(rows)
         return lax.map(self._pull, rows, batch_size=chunk_size)

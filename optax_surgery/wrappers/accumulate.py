@@ -110,9 +110,8 @@ def accumulate(
             (state.averages, state.losses, state.num_gradients),
         )
         num_gradients = num_gradients + active.astype(jnp.int32)
-        rates = active.astype(mean_losses.dtype) / jnp.maximum(num_gradients, 1).astype(
-            mean_losses.dtype
-        )
+        dtype = trees.gramian_dtype((averages, mean_losses))
+        rates = active.astype(dtype) / jnp.maximum(num_gradients, 1).astype(dtype)
         averages = trees.move_tasks(rates, averages, task_updates)
         if given is not None:
             mean_losses = jnp.asarray(trees.move_tasks(rates, mean_losses, tasks.losses))

@@ -1,7 +1,7 @@
 """What is done task by task: `on_tasks`, `per_task`, `normalize_tasks`, `clip_tasks`."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -47,14 +47,15 @@ def on_tasks(surgery: core.Surgery, tasks: Sequence[str] | Sequence[int]) -> cor
         return surgery.init(params)
 
     def update(task_updates, state, params, extra_args):
-        rows = checks.rows_of(tasks, extra_args, checks.stacked(task_updates))
+        num_tasks = checks.stacked(task_updates)
+        rows = checks.rows_of(tasks, extra_args, num_tasks)
         of_tasks = {
             argument: _subset(rows, extra_args[argument])
             for argument in ("losses", "task_mask")
             if argument in extra_args
         }
         if "gramian" in extra_args:
-            of_tasks["gramian"] = _sub_gramian(rows, extra_args["gramian"])
+            of_tasks["gramian"] = _sub_gramian(rows, num_tasks, extra_args["gramian"])
         part = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), task_updates)
         return surgery.update(part, state, params, **extra_args | of_tasks)
 
@@ -68,7 +69,7 @@ def _subset(rows: np.ndarray, value: core.PerTask) -> core.PerTask:
     return OrderedDict(named[row] for row in rows)
 
 
-def _sub_gramian(rows: np.ndarray, gramian: Any) -> Any:
+def _sub_gramian(rows: np.ndarray, num_tasks: int, gramian: Any) -> Any:
     def part(full):
         return jnp.asarray(full)[rows[:, None], rows[None, :]]
 
@@ -80,8 +81,23 @@ def _sub_gramian(rows: np.ndarray, gramian: Any) -> Any:
             return part(full), scales[rows]
 
         relative = None if whole is None else lambda: of_some(whole)
-        return core.MadeGramian(lambda: part(gramian()), gramian.scale, relative)
+        find = gramian.differences
+        differences = None if find is None else lambda: _sub_differences(rows, num_tasks, find())
+        return core.MadeGramian(lambda: part(gramian()), gramian.scale, relative, differences)
     return (lambda: part(gramian())) if callable(gramian) else part(gramian)
+
+
+def _sub_differences(
+    rows: np.ndarray, num_tasks: int, find: Callable[..., trees.Differences]
+) -> Callable[..., trees.Differences]:
+    def find_part(base, factors=None):
+        if factors is not None:
+            factors = jnp.zeros(num_tasks, factors.dtype).at[rows].set(factors)
+        found = find(jnp.asarray(rows)[base], factors=factors)
+        cosines = found.cosines[rows[:, None], rows[None, :]]
+        return trees.Differences(cosines, found.lengths[rows], found.sizes[rows])
+
+    return find_part
 
 
 class PerTaskState(NamedTuple):
@@ -351,10 +367,30 @@ def _rescaled(
         return tasks.relative_gramian[0] * factors[:, None] * factors[None, :]
 
     others = {key: value for key, value in tasks.extra_args.items() if key != "gramian"}
+    made = core.MadeGramian(rescale, differences=lambda: _rescaled_differences(tasks, factors))
     weights, state = core.identity_update(
-        surgery, state, tasks.num_tasks, tasks.dtype, others, rescale
+        surgery, state, tasks.num_tasks, tasks.dtype, others, made
     )
     return weights * (factors * scales), state
+
+
+def _rescaled_differences(
+    tasks: core.Tasks, of_rows: jax.Array
+) -> Callable[..., trees.Differences]:
+    """What finds the differences of the gradients of `_rescaled`, and how exact they are."""
+    gramian, scales = tasks.relative_gramian
+    norms, find = jnp.sqrt(jnp.diagonal(gramian)) * of_rows, tasks.differences
+
+    def find_rescaled(base, factors=None):
+        others = jnp.ones_like(scales) if factors is None else factors
+        found = find(base, factors=of_rows * scales * others)
+        # What is rounded is the product with a factor, before it is subtracted.
+        rounded = norms * others
+        rounded = (rounded + jnp.take(rounded, base)) * (1 / trees.ROUNDING)
+        lengths = jnp.sqrt(found.lengths) * jnp.sqrt(found.lengths + rounded)
+        return found._replace(sizes=jnp.maximum(found.sizes, lengths))
+
+    return find_rescaled
 
 
 def _inverse(numbers: jax.Array) -> jax.Array:
