@@ -32,6 +32,7 @@ def directions(seed):
 
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_those_of_finite_differences(name):
+    probe = np.linspace(1, 2, SIZE)
     with jax.enable_x64(True):
         update = jax.jit(update_of(CASES[name]))
         for seed in range(2):
@@ -43,7 +44,6 @@ def test_derivatives_are_those_of_finite_differences(name):
             _, forward = jax.jvp(update, (task_grads,), (change,))
             scale = np.abs(expected).max()
             np.testing.assert_allclose(forward, expected, rtol=2e-5, atol=2e-5 * scale)
-            probe = np.linspace(1, 2, SIZE)
             gradient = jax.grad(lambda numbers: update(numbers) @ probe)(jnp.asarray(task_grads))
             np.testing.assert_allclose(
                 gradient @ change, expected @ probe, rtol=2e-5, atol=2e-5 * scale
