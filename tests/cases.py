@@ -254,8 +254,7 @@ FROM_THE_GRAMIAN = {
     "geometric_median": Case(
         make=lambda num_tasks: surgery.geometric_median(),
         rule=lambda jacobian, losses: papers.geometric_median(jacobian),
-        tolerance=2e-3,
-        tolerance_x64=1e-5,
+        tolerance_x64=1e-6,
     ),
     "imtl_g": Case(
         make=lambda num_tasks: surgery.imtl_g(),

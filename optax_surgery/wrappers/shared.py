@@ -105,11 +105,6 @@ def leafwise(surgery: core.Surgery, group_of: Callable[[str], str] | None = None
       Random surgeries draw the same in every group: PCGrad's orders, say. The groups are known
       with the parameters only: `optax.tree.map_params`, which does without them, is not supported.
 
-      On a CPU, XLA (jax 0.10.2) hangs where it has more batches of matrices to factor at once
-      than threads, as in `jax.vmap` of the update with many groups and a surgery that factors its
-      Gramian (`aligned_mtl`, the solvers). The environment variable NPROC sets the number of
-      threads.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_surgery as surgery
