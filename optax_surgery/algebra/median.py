@@ -12,6 +12,7 @@ from optax_surgery import trees
 from optax_surgery.algebra import solvers
 
 _MAX_ITERATIONS, _MAX_BASES, _MAX_DIRECTIONS = 300, 12, 24
+_NUM_LENGTHS = 8  # of Newton's step, each half of the one before
 # A base is good enough where rounding hides at most so many times the machine epsilon.
 _TOLERANCE = 256
 # Longer differences, in units of the others, only have a direction.
@@ -212,8 +213,12 @@ def _measured(frame: _Frame, place: jax.Array) -> _Point:
 
 
 def _descended(frame: _Frame, start: jax.Array, wanted: jax.Array) -> _Point:
-    """Goes downhill by Weiszfeld's steps, and by Newton's where those halve the force."""
+    """Goes downhill by Newton's steps, shortened where need be, or by one of Weiszfeld's.
+
+    That one always goes downhill, but slowly where gradients are nearly on a line.
+    """
     eps = jnp.finfo(start.dtype).eps
+    shortened = 0.5 ** jnp.arange(_NUM_LENGTHS).astype(start.dtype)
 
     def unfinished(state):
         point, _, number, stuck = state
@@ -221,21 +226,19 @@ def _descended(frame: _Frame, start: jax.Array, wanted: jax.Array) -> _Point:
 
     def step(state):
         point, least, number, _ = state
-        steps = jnp.stack([point.weights * frame.lengths, point.place + _newton(frame, point)])
-        weiszfeld, newton = (
-            jax.tree.map(lambda leaf, n=n: leaf[n], jax.vmap(lambda p: _measured(frame, p))(steps))
-            for n in range(2)
-        )
-        halves = newton.force <= 0.5 * least
-        chosen = jax.tree.map(lambda one, two: jnp.where(halves, one, two), newton, weiszfeld)
-        # Weiszfeld's steps never end at rounding errors.
+        newton = point.place[None, :] + shortened[:, None] * _newton(frame, point)[None, :]
+        weiszfeld = point.weights * frame.lengths
+        places = jnp.concatenate([newton, weiszfeld[None, :]])
+        points = jax.vmap(lambda place: _measured(frame, place))(places)
+        # Near the median a sum of distances is equal to the next one but for rounding.
+        halves = points.force[0] <= 0.5 * least
+        sums = jnp.sum(frame.shares[None, :] * points.radii, axis=1)
+        best = jnp.where(halves, 0, jnp.argmin(sums))
+        chosen = jax.tree.map(lambda leaf: leaf[best], points)
         stuck = ~halves & (point.force <= 64 * eps)
         better = jnp.minimum(least, chosen.force)
-        return jax.tree.map(lambda new, old: jnp.where(stuck, old, new), chosen, point), *(
-            better,
-            number + 1,
-            stuck,
-        )
+        chosen = jax.tree.map(lambda new, old: jnp.where(stuck, old, new), chosen, point)
+        return chosen, better, number + 1, stuck
 
     point = _measured(frame, start)
     state = point, point.force, jnp.zeros((), jnp.int32), jnp.zeros((), bool)

@@ -26,7 +26,7 @@ spread over six orders of magnitude keep it from the solution for 100,000 and mo
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -522,7 +522,7 @@ def _cagrad_point(
 
 
 @_cagrad_point.defjvp
-def _cagrad_point_jvp(primals, tangents):
+def _cagrad_point_jvp(primals, tangents) -> Any:
     """Cx + m = level n for the variables above zero and, off the floor, x'Cx = radius^2."""
     tasks, cosines_to_mean, _, radius, _ = primals
     dtasks, dmean, _, dradius, _ = tangents

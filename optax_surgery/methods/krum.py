@@ -46,7 +46,7 @@ def krum_weights(
       selected is uncertain, 0 if it is known which they are; more than 512 eps is not converged.
     """
     num_active = jnp.sum(task_mask)
-    num_selected = jnp.minimum(num_selected, num_active)
+    most_selected = jnp.minimum(num_selected, num_active)
     apart = task_mask[:, None] & task_mask[None, :] & ~jnp.eye(task_mask.size, dtype=bool)
     num_neighbours = jnp.clip(num_active - num_byzantine - 2, 1, jnp.maximum(num_active - 1, 1))
 
@@ -57,7 +57,7 @@ def krum_weights(
             _scores(each / unit, apart, num_neighbours) for each in (known.nearest, known.farthest)
         )
         width = jnp.where(most > 0, (most - least) / jnp.where(most > 0, most, 1), 0)
-        last = jnp.sort(jnp.where(task_mask, most, jnp.inf))[jnp.maximum(num_selected - 1, 0)]
+        last = jnp.sort(jnp.where(task_mask, most, jnp.inf))[jnp.maximum(most_selected - 1, 0)]
         return least, width, task_mask & (least <= last)
 
     def undecided(known):
@@ -85,9 +85,9 @@ def krum_weights(
     unit = _least_radius(known.distances, apart, num_neighbours)
     scores = _scores(known.distances / unit, apart, num_neighbours)
     ranks = jnp.argsort(jnp.argsort(jnp.where(task_mask, scores, jnp.inf)))
-    selected = (task_mask & (ranks < num_selected)).astype(dtype)
+    selected = (task_mask & (ranks < most_selected)).astype(dtype)
     _, width, possible = candidates(known)
-    is_known = jnp.sum(possible) <= num_selected
+    is_known = jnp.sum(possible) <= most_selected
     residual = jnp.where(is_known, 0, jnp.max(jnp.where(possible, width, 0)))
     weights = selected / jnp.maximum(jnp.sum(selected), 1)
     return solvers.Solution(weights, residual <= tolerance, residual)

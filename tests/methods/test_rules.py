@@ -51,9 +51,8 @@ def errors(case, batch):
     return np.where(unsolvable, 0, found)
 
 
-# With other seeds of the first, the geometric median of deficient Jacobians is up to 4e-2 off.
 @deterministic
-@pytest.mark.parametrize(("num_tasks", "size", "seed"), [(4, 6, 2), (20, 24, 0)])
+@pytest.mark.parametrize(("num_tasks", "size", "seed"), [(4, 6, 0), (20, 24, 0)])
 def test_equals_the_papers_rule_in_float64(case, num_tasks, size, seed):
     with jax.enable_x64(True):
         batch = jacobians(num_tasks, size, draws=7, seed=seed)
