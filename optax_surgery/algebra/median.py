@@ -88,10 +88,10 @@ def _with_derivative(differences, base, value):
     """The differences as they were found, with the derivative of what finds them."""
     # As a program whose constants are its arguments, it holds nothing of this trace.
     program = jax.make_jaxpr(lambda base: tuple(differences(base)))(base)
-    constants = program.consts
+    constants, jaxpr = program.consts, program.jaxpr
 
     def find(constants, base):
-        run = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(program.jaxpr, constants))
+        run = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, constants))
         return trees.Differences(*run(base))
 
     @jax.custom_jvp
