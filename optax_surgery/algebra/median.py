@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core as jax_core
 
 from optax_surgery import trees
 from optax_surgery.algebra import solvers
@@ -76,7 +75,7 @@ def geometric_median(
     start = _Look(nothing, constant, constant, zero, first - 1, first, jnp.zeros((), jnp.int32))
     found = lax.while_loop(unfinished, look, start)
     # Newton's step from the median is zero and has the median's derivative; the loop needs none.
-    frame = _frame(_with_derivative(differences, found.base, found.differences), shares)
+    frame = _frame(_in_place_of(differences(found.base), found.differences), shares)
     step = _newton(frame, _measured(frame, found.place))
     place = found.place + (step - lax.stop_gradient(step))
     weights = jnp.where(jnp.all(found.place == 0), found.weights, _measured(frame, place).weights)
@@ -84,27 +83,16 @@ def geometric_median(
     return solvers.Solution(weights, found.residual <= 4 * jnp.sqrt(eps), found.residual)
 
 
-def _with_derivative(differences, base, value):
-    """The differences as they were found, with the derivative of what finds them."""
-    # As a program whose constants are its arguments, it holds nothing of this trace.
-    program = jax.make_jaxpr(lambda base: tuple(differences(base)))(base)
-    constants, jaxpr = program.consts, program.jaxpr
+@jax.custom_jvp
+def _in_place_of(again, found):
+    """What was found in a loop, with the derivative of what finds it again, which is not run."""
+    del again
+    return found
 
-    def find(constants, base):
-        run = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, constants))
-        return trees.Differences(*run(base))
 
-    @jax.custom_jvp
-    def found(constants, base, value):
-        return value
-
-    @found.defjvp
-    def derivative(primals, tangents):
-        constants, base, value = primals
-        _, tangent = jax.jvp(lambda constants: find(constants, base), (constants,), (tangents[0],))
-        return value, tangent
-
-    return found(constants, base, value)
+@_in_place_of.defjvp
+def _in_place_of_jvp(primals, tangents):
+    return primals[1], tangents[0]
 
 
 class _Look(NamedTuple):
