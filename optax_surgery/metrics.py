@@ -119,7 +119,8 @@ def condition_number(gramian: ArrayLike) -> jax.Array:
     Returns:
       () at least 1, over the gradients that are not zero; infinite where they are linearly
       dependent: where the sine of the angle between one and all others is below about
-      2 sqrt(T eps), however much their lengths differ; 1 if there is no gradient.
+      2 sqrt(T eps), however much their lengths differ; 1 if there is no gradient, and NaN if one
+      is not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -132,7 +133,7 @@ def condition_number(gramian: ArrayLike) -> jax.Array:
       <https://arxiv.org/abs/2305.19000>`_, CVPR 2023, Section 3.
     """
     gramian = checks.square("condition_number", gramian)
-    present = jnp.sum(jnp.diagonal(gramian) > 0)
+    present = jnp.sum(~(jnp.diagonal(gramian) <= 0))  # a NaN is there, and shows
     values = eigen.spectrum(gramian).values
     least = jnp.min(jnp.where(values == 0, jnp.inf, values))
     dependent = jnp.sum(values != 0) < present

@@ -62,16 +62,17 @@ def gramian(
       task_updates: pytree whose leaves have shape (T, *param.shape).
       other: task gradients of the same shapes from another batch, for the methods that
         take the cross-Gramian of two independent batches.
-      scale: () number by which all gradients are multiplied first, or None for 1. Squares of
-        gradients have to fit float32, norms between 1e-16 and 1e18; for others take a power of two
-        that brings them there. Surgeries find one by themselves, of gradients that they are given.
+      scale: () number above 0 by which all gradients are multiplied first, or None for 1. Squares
+        of gradients have to fit float32, norms between 1e-16 and 1e18; for others take a power of
+        two that brings them there. Surgeries find one by themselves, of gradients that they are
+        given.
 
     Returns:
       G of shape (T, T), G[i, j] = g_i . g_j (g_i . other_j), float32 or float64; times the square
       of `scale`.
 
     Raises:
-      ValueError: a leaf is not stacked, not real, or disagrees on T.
+      ValueError: a leaf is not stacked, not real, or disagrees on T; `scale` is out of its range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -80,6 +81,7 @@ def gramian(
       Array([[10., -1.],
              [-1.,  2.]], dtype=float32)
     """
+    checks.arguments(gramian, locals(), scale="(0, inf)")
     checks.some_leaves(checks.stacked(task_updates))
     if other is not None:
         checks.two_batches(task_updates, other)

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_surgery.algebra.arithmetic import dot, or_one
+
 _MAX_SWEEPS = 20
 
 
@@ -38,8 +40,9 @@ class Spectrum(NamedTuple):
       values: (T,) singular values of the gradient matrix, the roots of the Gramian's eigenvalues,
         ascending; zero for what depends on others, zero gradients among them.
       inverse_root: (T, T), the pseudo-inverse of the Gramian's square root.
-      independence: (T,) in [0, 1], how much of each task is in the span of what is kept: 1
-        where its gradient is independent of all others, or all are.
+      independence: (T,) in [0, 1], the share of each task that the kept eigenvectors span. Of a
+        matrix of cosines it is 1 where a gradient is linearly independent of the others, and less
+        where it is a part of a combination that vanishes; 0 for a zero gradient.
     """
 
     values: jax.Array
@@ -78,8 +81,8 @@ def _unit_spectrum(gramian):
 
 
 def _assemble(values, vectors):
-    scaled = vectors / _or_one(values)[None, :]
-    return Spectrum(values, _dot(scaled, vectors.T), jnp.sum(vectors**2, axis=1))
+    scaled = vectors / or_one(values)[None, :]
+    return Spectrum(values, dot(scaled, vectors.T), jnp.sum(vectors**2, axis=1))
 
 
 @_unit_spectrum.defjvp
@@ -88,25 +91,25 @@ def _unit_spectrum_jvp(primals, tangents):
     (gramian,), (change,) = primals, tangents
     values, vectors = _decompose(gramian)
     found = _assemble(values, vectors)
-    kept, safe = values != 0, _or_one(values)
+    kept, safe = values != 0, or_one(values)
 
-    moved = _dot(change, vectors)
-    inner = _dot(vectors.T, moved)
+    moved = dot(change, vectors)
+    inner = dot(vectors.T, moved)
     pairs = kept[:, None] & kept[None, :]
     sums = safe[:, None] + safe[None, :]
     divided = jnp.where(pairs, -1 / (safe[:, None] * safe[None, :] * sums), 0)
-    change_of_root = _dot(vectors, _dot(divided * inner, vectors.T))
+    change_of_root = dot(vectors, dot(divided * inner, vectors.T))
 
     # Between the span of the gradients and what is beyond it.
     dependent = jnp.sum(kept) < jnp.sum(jnp.diagonal(gramian) != 0)
-    beyond = jnp.where(dependent, moved - _dot(vectors, inner), 0)
-    across = _dot(beyond / safe[None, :] ** 3, vectors.T)
+    beyond = jnp.where(dependent, moved - dot(vectors, inner), 0)
+    across = dot(beyond / safe[None, :] ** 3, vectors.T)
     change_of_root = change_of_root + across + across.T
 
     noise = 8 * values.size * jnp.finfo(values.dtype).eps
     alike = pairs & (jnp.abs(values[:, None] - values[None, :]) <= noise * safe[None, :])
     alike = alike.astype(values.dtype)
-    means = _dot(alike, jnp.diagonal(inner)) / _or_one(jnp.sum(alike, axis=1))
+    means = dot(alike, jnp.diagonal(inner)) / or_one(jnp.sum(alike, axis=1))
     change_of_values = jnp.where(kept, means / (2 * safe), 0)
     none = jnp.zeros_like(found.independence)
     return found, Spectrum(change_of_values, change_of_root, none)
@@ -124,7 +127,7 @@ def _decompose(gramian):
     values = jnp.sqrt(jnp.sum(columns**2, axis=1))
     order = jnp.argsort(values)
     values, columns = values[order], columns[order]
-    return values, (columns / _or_one(values)[:, None]).T
+    return values, (columns / or_one(values)[:, None]).T
 
 
 def _independent_parts(cosines):
@@ -217,7 +220,7 @@ def _round(state):
     product = jnp.sum(left * right, axis=1)
     squared_left, squared_right = jnp.sum(left**2, axis=1), jnp.sum(right**2, axis=1)
     shorter = jnp.minimum(squared_left, squared_right)
-    rest = jnp.where(shorter == 0, 0, jnp.abs(product) / _or_one(shorter))
+    rest = jnp.where(shorter == 0, 0, jnp.abs(product) / or_one(shorter))
     turns = rest > jnp.finfo(left.dtype).eps / 4
 
     ratio = (squared_right - squared_left) / (2 * jnp.where(turns, product, 1))
@@ -231,12 +234,3 @@ def _round(state):
             jnp.concatenate([right[1:], left[-1:]]),
         )
     return left, right, jnp.maximum(worst, jnp.max(rest))
-
-
-def _dot(left, right):
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
-
-
-def _or_one(numbers):
-    """Divisors: 1 in the place of 0."""
-    return jnp.where(numbers == 0, 1, numbers)

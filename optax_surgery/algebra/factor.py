@@ -79,7 +79,10 @@ def _eliminate(matrix: jax.Array) -> jax.Array:
 
 
 def _one_at_a_time(function: Callable) -> Callable:
-    """Of a batch under vmap, lets one after the other reach LAPACK on a CPU."""
+    """Of a batch under vmap, lets one after the other reach LAPACK on a CPU.
+
+    `jax.custom_batching.sequential_vmap` would do so everywhere; a GPU factors a batch at once.
+    """
     one_by_one = jax.custom_batching.custom_vmap(function)
 
     @one_by_one.def_vmap

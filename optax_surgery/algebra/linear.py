@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from optax_surgery.algebra import eigen
+from optax_surgery.algebra.arithmetic import dot
 
 
 def unit_gradients(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -25,7 +25,7 @@ def unit_gradients(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
 def pseudo_inverse(cosines: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The pseudo-inverse of a matrix of cosines, and `Spectrum.independence`."""
     found = eigen.spectrum(cosines)
-    return _dot(found.inverse_root, found.inverse_root), found.independence
+    return dot(found.inverse_root, found.inverse_root), found.independence
 
 
 def least_squares_of_cosines(gramian: jax.Array, targets: jax.Array) -> jax.Array:
@@ -44,12 +44,8 @@ def least_squares_of_cosines(gramian: jax.Array, targets: jax.Array) -> jax.Arra
     """
     cosines, inverse_norms = unit_gradients(gramian)
     inverse, _ = pseudo_inverse(cosines)
-    weights = _dot(inverse, targets)
-    reached = _dot(cosines, weights)
+    weights = dot(inverse, targets)
+    reached = dot(cosines, weights)
     noise = targets.size * jnp.finfo(gramian.dtype).eps
     some = jnp.sum(reached**2) > noise * jnp.sum(targets**2)
     return jnp.where(some, inverse_norms * weights, 0)
-
-
-def _dot(left, right):
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -9,6 +9,7 @@ from jax import lax
 
 from optax_surgery import trees
 from optax_surgery.algebra import solvers
+from optax_surgery.algebra.arithmetic import dot
 
 _MAX_ITERATIONS, _MAX_BASES, _MAX_DIRECTIONS = 300, 12, 24
 _NUM_LENGTHS = 8  # of Newton's step, each half of the one before
@@ -71,7 +72,7 @@ def geometric_median(
 
     first = jnp.argmax(shares > 0).astype(jnp.int32)
     zero = jnp.zeros((), shares.dtype)
-    nothing = trees.Differences(jnp.zeros((shares.size,) * 2, eps.dtype), constant, constant)
+    nothing = trees.Differences(jnp.zeros((shares.size,) * 2, shares.dtype), constant, constant)
     start = _Look(nothing, constant, constant, zero, first - 1, first, jnp.zeros((), jnp.int32))
     found = lax.while_loop(unfinished, look, start)
     # Newton's step from the median is zero and has the median's derivative; the loop needs none.
@@ -188,7 +189,7 @@ class _Point(NamedTuple):
 
 def _measured(frame: _Frame, place: jax.Array) -> _Point:
     cosines, lengths, _, shares = frame
-    image = _dot(cosines, place)
+    image = dot(cosines, place)
     squares = jnp.maximum(jnp.sum(place * image) + lengths * (lengths - 2 * image), 0)
     # What is nearer than that is no distance but a rounding error.
     least = jnp.finfo(shares.dtype).eps ** 2 * (jnp.sum(place**2) + lengths**2)
@@ -249,16 +250,16 @@ def _newton(frame: _Frame, point: _Point) -> jax.Array:
 
     def improve(_, state):
         found, rest, direction, square = state
-        image = _dot(cosines, direction)
+        image = dot(cosines, direction)
         applied = apply(direction, image)
         curvature = jnp.sum(applied * image)
         length = _over(square, curvature, curvature > 0)
         found, rest = found + length * direction, rest - length * applied
-        new = jnp.maximum(jnp.sum(rest * _dot(cosines, rest)), 0)
+        new = jnp.maximum(jnp.sum(rest * dot(cosines, rest)), 0)
         return found, rest, rest + _over(new, square, square > 0) * direction, new
 
     right = weights * lengths - place
-    square = jnp.maximum(jnp.sum(right * _dot(cosines, right)), 0)
+    square = jnp.maximum(jnp.sum(right * dot(cosines, right)), 0)
     number = min(lengths.size, _MAX_DIRECTIONS)
     start = (jnp.zeros_like(right), right, right, square)
     return lax.fori_loop(0, number, improve, start)[0]
@@ -282,13 +283,9 @@ def _adding_up_to_one(weights: jax.Array) -> jax.Array:
 
 
 def _squares(cosines: jax.Array, combinations: jax.Array) -> jax.Array:
-    return jnp.sum(combinations * _dot(combinations, cosines), axis=-1)
+    return jnp.sum(combinations * dot(combinations, cosines), axis=-1)
 
 
 def _over(numbers: Any, divisors: jax.Array, where: jax.Array) -> jax.Array:
     """Quotients, 0 where they are not wanted."""
     return jnp.where(where, numbers / jnp.where(where, divisors, 1), 0)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -34,6 +34,7 @@ import numpy as np
 from jax import lax
 
 from optax_surgery.algebra import factor
+from optax_surgery.algebra.arithmetic import dot, or_one
 
 _MAX_NEWTON_STEPS = 50
 _MAX_PATH_STEPS = 20
@@ -108,16 +109,16 @@ def min_norm_point(gramian: jax.Array, task_mask: jax.Array) -> Solution:
     """
     tasks = _scale(gramian, task_mask)
     x = _minimum(tasks.cosines, jnp.zeros_like(tasks.norms), task_mask, tasks.simplex)
-    x = x / _or_one(_inner(tasks.simplex, x))
+    x = x / or_one(_inner(tasks.simplex, x))
     weights = tasks.simplex * x
 
     tasks, x = lax.stop_gradient((tasks, x))
-    image = _dot(tasks.cosines, x)
+    image = dot(tasks.cosines, x)
     squared_length = _inner(x, image)
     eps = jnp.finfo(gramian.dtype).eps
     length = jnp.sqrt(jnp.maximum(squared_length, 0) + eps * jnp.sum(x) ** 2)
     violation = jnp.where(task_mask, squared_length * tasks.simplex - image, 0)
-    return _solution(weights, jnp.max(violation) / _or_one(length))
+    return _solution(weights, jnp.max(violation) / or_one(length))
 
 
 def nonnegative_quadratic(
@@ -182,7 +183,7 @@ def dual_cone_projection(
     start, unit = _scaled_weights(preference, tasks)
     # Where J^T p vanishes but for rounding, there is nothing to project.
     rounding = 16 * jnp.finfo(gramian.dtype).eps * jnp.sum(jnp.abs(start))
-    x, residual = _nonnegative(tasks.cosines, _dot(tasks.cosines, start), tasks.nonzero, rounding)
+    x, residual = _nonnegative(tasks.cosines, dot(tasks.cosines, start), tasks.nonzero, rounding)
     return _solution(preference + x * unit / tasks.norms, residual)
 
 
@@ -225,7 +226,7 @@ def cagrad_dual(
     tasks = _scale(gramian, task_mask)
     eps = jnp.finfo(gramian.dtype).eps
     start, unit = _scaled_weights(mean_weights.astype(gramian.dtype), tasks)
-    image = _dot(tasks.cosines, start)
+    image = dot(tasks.cosines, start)
     squared_norm = _inner(start, image)
     # A mean gradient below the rounding errors of the Gramian is none, and has no ball.
     has_ball = ~(squared_norm <= eps * jnp.sum(jnp.abs(start)) ** 2) & (jnp.asarray(c) > 0)
@@ -238,9 +239,9 @@ def cagrad_dual(
     weights = jnp.where(has_ball, x * norm * unit / tasks.norms, 0)
 
     tasks, x, cosines_to_mean, radius = lax.stop_gradient((tasks, x, cosines_to_mean, radius))
-    image = _dot(tasks.cosines, x)
+    image = dot(tasks.cosines, x)
     alignment = image + cosines_to_mean
-    level = jnp.where(on_floor, 0, _inner(x, alignment) / _or_one(_inner(tasks.simplex, x)))
+    level = jnp.where(on_floor, 0, _inner(x, alignment) / or_one(_inner(tasks.simplex, x)))
     excess = jnp.where(task_mask, alignment - level * tasks.simplex, 0)
     rounding = 4 * eps * jnp.sum(jnp.where(tasks.nonzero, x, 0)) ** 2
     overshoot = jnp.where(on_floor, 0, jnp.abs(_inner(x, image) - radius**2) - rounding)
@@ -359,7 +360,7 @@ def _scale(gramian: jax.Array, task_mask: jax.Array) -> _Tasks:
 def _scaled_weights(weights: jax.Array, tasks: _Tasks) -> tuple[jax.Array, jax.Array]:
     """The coefficients of J^T weights in unit gradients, and the unit they are measured in."""
     scaled = jnp.where(tasks.nonzero, tasks.norms * weights, 0)
-    unit = lax.stop_gradient(_or_one(jnp.max(jnp.abs(scaled))))
+    unit = lax.stop_gradient(or_one(jnp.max(jnp.abs(scaled))))
     return scaled / unit, unit
 
 
@@ -370,11 +371,11 @@ def _nonnegative(
 
     q is zero where not active, and not told from zero below `rounding`.
     """
-    unit = lax.stop_gradient(_or_one(jnp.maximum(jnp.max(jnp.abs(linear)), rounding)))
+    unit = lax.stop_gradient(or_one(jnp.maximum(jnp.max(jnp.abs(linear)), rounding)))
     linear = linear / unit
     found = _minimum(quadratic, linear, active, jnp.zeros_like(linear))
     quadratic, linear, x = lax.stop_gradient((quadratic, linear, found))
-    image = _dot(quadratic, x)
+    image = dot(quadratic, x)
     slope = jnp.where(active, image + linear, 0)
     # less what may be rounding: an x without bound must not make itself look small
     rounding = 4 * jnp.finfo(x.dtype).eps * jnp.sum(x) ** 2
@@ -408,10 +409,10 @@ def _interior_point(
 
     def step(state):
         x, slack, multiplier, mu, stalls, reach, _, num_steps = state
-        gap = mask * (_dot(quadratic, x) + linear - multiplier * normal - slack)
+        gap = mask * (dot(quadratic, x) + linear - multiplier * normal - slack)
         solve = _newton_solver(quadratic, slack / x + damping)
         affine, column = solve(jnp.stack([-mask * (gap + slack), normal], axis=1)).T
-        slope = _or_one(_inner(normal, column))
+        slope = or_one(_inner(normal, column))
 
         def direction(dx, centring):
             shift = (1 - _inner(normal, x + dx)) / slope
@@ -446,7 +447,7 @@ def _interior_point(
         mu, goes_on, num_steps = state[3], state[6], state[7]
         return goes_on & (mu > scale * eps**2) & (num_steps < _MAX_NEWTON_STEPS)
 
-    x = jnp.full(mask.shape, 1 / _or_one(jnp.sum(normal)), dtype)
+    x = jnp.full(mask.shape, 1 / or_one(jnp.sum(normal)), dtype)
     slack = jnp.full(mask.shape, scale, dtype)
     mu = _inner(mask * x, slack) / count
     zero, infinity, none = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype), jnp.int32(0)
@@ -475,11 +476,11 @@ def _minimum_jvp(primals, tangents):
     quadratic, linear, active, normal = primals
     dquadratic, dlinear, _, dnormal = tangents
     x = _minimum(*primals)
-    multiplier = _inner(x, _dot(quadratic, x) + linear)
-    pull = multiplier * dnormal - _dot(dquadratic, x) - dlinear
+    multiplier = _inner(x, dot(quadratic, x) + linear)
+    pull = multiplier * dnormal - dot(dquadratic, x) - dlinear
     solve = _free_solver(quadratic, active & (x > 0) & (jnp.diagonal(quadratic) > 0))
     base, column = solve(pull), solve(normal)
-    shift = (_inner(dnormal, x) + _inner(normal, base)) / _or_one(_inner(normal, column))
+    shift = (_inner(dnormal, x) + _inner(normal, base)) / or_one(_inner(normal, column))
     return x, base - shift * column
 
 
@@ -497,7 +498,7 @@ def _free_solver(quadratic: jax.Array, free: jax.Array):
     def solve(right_side):
         right_side = jnp.where(free, right_side, 0)
         x = damped(right_side)
-        return x + damped(right_side - _dot(quadratic, x))
+        return x + damped(right_side - dot(quadratic, x))
 
     return solve
 
@@ -527,14 +528,14 @@ def _cagrad_point_jvp(primals, tangents) -> Any:
     tasks, cosines_to_mean, _, radius, _ = primals
     dtasks, dmean, _, dradius, _ = tangents
     x, on_floor = _cagrad_point(*primals)
-    image = _dot(tasks.cosines, x)
-    level = _inner(x, image + cosines_to_mean) / _or_one(_inner(tasks.simplex, x))
+    image = dot(tasks.cosines, x)
+    level = _inner(x, image + cosines_to_mean) / or_one(_inner(tasks.simplex, x))
     level = jnp.where(on_floor, 0, level)
-    dimage = _dot(dtasks.cosines, x)
+    dimage = dot(dtasks.cosines, x)
     solve = _free_solver(tasks.cosines, tasks.nonzero & (x > 0))
     base, column = solve(level * dtasks.simplex - dimage - dmean), solve(tasks.simplex)
     missing = radius * dradius - _inner(x, dimage) / 2 - _inner(image, base)
-    shift = jnp.where(on_floor, 0, missing / _or_one(_inner(image, column)))
+    shift = jnp.where(on_floor, 0, missing / or_one(_inner(image, column)))
     dfloor = np.zeros(on_floor.shape, jax.dtypes.float0)
     return (x, on_floor), (base + shift * column, dfloor)
 
@@ -558,14 +559,14 @@ def _cagrad_path(
         solved = _interior_point(cosines, s * cosines_to_mean, active, simplex)
         solve = _newton_solver(cosines, solved.curvature)
         column, pull = solve(jnp.stack([simplex, cosines_to_mean], axis=1)).T
-        slope = column * _inner(simplex, pull) / _or_one(_inner(simplex, column)) - pull
+        slope = column * _inner(simplex, pull) / or_one(_inner(simplex, column)) - pull
         slope = jnp.where(jnp.isfinite(slope), slope, 0)
         base = solved.x - s * slope  # on this face of the simplex w(s) is base + s slope
 
-        squared_length = jnp.maximum(_inner(solved.x, _dot(cosines, solved.x)), eps**2)
+        squared_length = jnp.maximum(_inner(solved.x, dot(cosines, solved.x)), eps**2)
         excess = jnp.log(squared_length) / 2 - log_s - jnp.log(radius)
-        base_length = jnp.maximum(_inner(base, _dot(cosines, base)), eps**2)
-        room = radius**2 - _inner(slope, _dot(cosines, slope))
+        base_length = jnp.maximum(_inner(base, dot(cosines, base)), eps**2)
+        room = radius**2 - _inner(slope, dot(cosines, slope))
         root = jnp.log(base_length / jnp.where(room > 0, room, 1)) / 2
         # without room w(s) is longer than s radius all over this face: on to a larger s
         root = jnp.where(room > 0, root, log_s + 3)
@@ -611,9 +612,9 @@ def _fair_point(
     def step(state):
         y, best_y, least, stalls, _, num_steps = state
         fair_gains = jnp.exp((log_load - jnp.log(y)) / fairness)
-        gradient = mask * (_dot(cosines, y) - fair_gains)
+        gradient = mask * (dot(cosines, y) - fair_gains)
         descent = -_newton_solver(cosines, fair_gains / (fairness * y))(gradient)
-        size = _or_one(_inner(mask * y, fair_gains))
+        size = or_one(_inner(mask * y, fair_gains))
         residual = jnp.sqrt(jnp.maximum(-_inner(gradient, descent), 0) / size)
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
 
@@ -642,7 +643,7 @@ def _fair_point_jvp(primals, tangents):
     log_gains = ((1 + fairness) * log_start - jnp.log(y)) / fairness
     fair_gains = jnp.exp(log_gains)
     dlog_load = (1 + fairness) * dlog_start + dfairness * log_start
-    pull = fair_gains * (dlog_load - dfairness * log_gains) / fairness - _dot(dcosines, y)
+    pull = fair_gains * (dlog_load - dfairness * log_gains) / fairness - dot(dcosines, y)
     damping = 2 * float(jnp.finfo(y.dtype).eps) * y.size**0.5
     solve = _newton_solver(cosines, fair_gains / (fairness * y) + damping)
     return (y, residual), (solve(pull), jnp.zeros_like(residual))
@@ -651,7 +652,7 @@ def _fair_point_jvp(primals, tangents):
 def _cancels(cosines: jax.Array, y: jax.Array) -> jax.Array:
     """Whether nothing but rounding is left of a combination of gradients with weights y >= 0."""
     rounding = _CANCELLATION * jnp.finfo(y.dtype).eps * jnp.sum(y) ** 2
-    return (_inner(y, _dot(cosines, y)) <= rounding) & (rounding > 0)
+    return (_inner(y, dot(cosines, y)) <= rounding) & (rounding > 0)
 
 
 def _newton_solver(quadratic: jax.Array, curvature: jax.Array):
@@ -679,18 +680,9 @@ def _fair_tolerance(dtype: jnp.dtype) -> float:
     return 3 * float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
-
-
 def _inner(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.sum(left * right)
 
 
 def _length(gramian: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(_inner(weights, _dot(gramian, weights)), 0))
-
-
-def _or_one(number: jax.Array) -> jax.Array:
-    """A divisor: 1 in the place of 0."""
-    return jnp.where(number == 0, 1, number)
+    return jnp.sqrt(jnp.maximum(_inner(weights, dot(gramian, weights)), 0))

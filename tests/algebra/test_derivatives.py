@@ -12,6 +12,7 @@ import pytest
 
 import optax_surgery as surgery
 from optax_surgery.algebra import solvers
+from tests.algebra.test_solvers import DEGENERATE
 
 NUM_PROBLEMS = 24
 STEP = 1e-6
@@ -188,15 +189,6 @@ def test_at_a_kink_the_derivative_lies_between_the_one_sided_ones(name):
             ]
             assert (found >= np.minimum(*sides) - 1e-5).all()
             assert (found <= np.maximum(*sides) + 1e-5).all()
-
-
-DEGENERATE = {
-    "zero": np.zeros((4, 3)),
-    "a zero row": np.array([[1.0, 2, 0], [0, 0, 0], [-1, 0, 1], [0, 1, 1]]),
-    "duplicates": np.array([[1.0, 2, 0]] * 2 + [[-1.0, 0, 1]] * 2),
-    "opposite": np.array([[1.0, 2, 0], [-1, -2, 0], [1, 1, 1], [-1, -1, -1]]),
-    "rank one": np.array([[1.0], [-2], [3], [-1e3]]) * np.array([1.0, 2, 3]),
-}
 
 
 @functools.cache

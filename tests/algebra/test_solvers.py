@@ -330,7 +330,7 @@ def test_fair_weights_minimise_their_objective_wherever_it_has_a_minimum(kind, f
         assert (found > 0).all()
         solvable = squared_length(rows, nearest) > rounding(rows, nearest, np.float32)
         # so near to cancelling that a Gramian made in this dtype could say nothing
-        blurred = squared_length(rows, found) <= 100 * rounding(rows, found, dtype)
+        blurred = squared_length(rows, found) <= 65 * rounding(rows, found, dtype)
         assert converged == solvable or (solvable and blurred)
         if solvable:
             assert fair_loss(rows, factor, fairness, found) <= tolerance

@@ -321,6 +321,8 @@ MISUSES = {
     "a metric of the gradients": lambda: surgery.task_norms(jnp.ones((3, 2))),
     "a metric of a string": lambda: surgery.task_norms("gramian"),
     "gramian of gradients of other tasks": lambda: surgery.gramian(rows(3), rows(2)),
+    "gramian times no number": lambda: surgery.gramian(rows(3), scale="2"),
+    "gramian times zero": lambda: surgery.gramian(rows(3), scale=0.0),
     "gramian of no leaf": lambda: surgery.gramian({}),
     "gramian of other gradients": lambda: surgery.gramian(UPDATES, {"trunk": UPDATES["trunk"]}),
     # Which leaves

@@ -53,6 +53,12 @@ def test_condition_number_of_two_equally_long_gradients_is_that_of_half_their_an
     np.testing.assert_allclose(surgery.condition_number(gram(rows)), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (1, 2)])
+def test_condition_number_of_a_gradient_that_is_not_finite_is_none(place):
+    gramian = jnp.eye(3).at[place].set(jnp.nan)
+    assert jnp.isnan(surgery.condition_number(gramian))
+
+
 def test_condition_number_ignores_absent_tasks_and_sees_dependent_ones():
     assert surgery.condition_number(gram(np.zeros((3, 4)))) == 1
     np.testing.assert_allclose(
