@@ -16,6 +16,7 @@ from optax_surgery.methods.geometric_median import geometric_median
 from optax_surgery.methods.gradops import gradops
 from optax_surgery.methods.gradvac import gradvac
 from optax_surgery.methods.imtl_g import imtl_g
+from optax_surgery.methods.inverse_norms import inverse_norms
 from optax_surgery.methods.krum import krum
 from optax_surgery.methods.mgda import mgda
 from optax_surgery.methods.nash_mtl import nash_mtl
@@ -32,7 +33,9 @@ from optax_surgery.methods.go4align import go4align
 from optax_surgery.methods.gradnorm import gradnorm
 from optax_surgery.methods.learnt_scales import imtl, imtl_l, uncertainty_weighting
 from optax_surgery.methods.random_weighting import random_weighting
+from optax_surgery.methods.relobralo import relobralo
 from optax_surgery.methods.scalarisations import cosmos, gls, pbi, scale_invariant, stch
+from optax_surgery.methods.softadapt import softadapt
 
 # Methods from the coordinates, or with a T x N average
 from optax_surgery.methods.coordinate_median import coordinate_median
@@ -74,7 +77,8 @@ from optax_surgery.wrappers.monitor import MonitorState, monitor, scalars
 from optax_surgery.wrappers.nonfinite import on_nonfinite
 from optax_surgery.wrappers.schedule import every, start_after
 from optax_surgery.wrappers.shared import leafwise, on_shared
-from optax_surgery.wrappers.tasks import clip_tasks, move_state, normalize_tasks, on_tasks, per_task
+from optax_surgery.wrappers.tasks import clip_tasks, move_state, normalize_tasks
+from optax_surgery.wrappers.tasks import on_log_losses, on_tasks, per_task
 
 __version__ = importlib.metadata.version("optax_surgery")
 
@@ -123,6 +127,7 @@ __all__ = [
     "imtl_g",
     "imtl_l",
     "infer_shared",
+    "inverse_norms",
     "krum",
     "leafwise",
     "magnitude_similarities",
@@ -136,6 +141,7 @@ __all__ = [
     "nash_mtl",
     "normalize_tasks",
     "ntkmtl",
+    "on_log_losses",
     "on_nonfinite",
     "on_shared",
     "on_tasks",
@@ -147,9 +153,11 @@ __all__ = [
     "per_task_value_and_grad",
     "pivrg",
     "random_weighting",
+    "relobralo",
     "scalars",
     "scale_invariant",
     "sdmgrad",
+    "softadapt",
     "stacked_surgery",
     "start_after",
     "stch",

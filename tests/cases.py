@@ -300,6 +300,12 @@ FROM_THE_GRAMIAN = {
         linear_under_scaling=True,
         positive_weights=True,
     ),
+    "inverse_norms": Case(
+        make=lambda num_tasks: surgery.inverse_norms(num_tasks, decay=0.3),
+        rule=lambda jacobian, losses: papers.inverse_norms(jacobian[None], 0.3)[0],
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
     "cr_mogm": Case(
         make=lambda num_tasks: surgery.cr_mogm(surgery.conflict_free(), num_tasks),
         rule=lambda jacobian, losses: papers.conflict_free(jacobian),
@@ -401,6 +407,18 @@ FROM_THE_LOSSES = {
     "dwa": Case(
         make=lambda num_tasks: surgery.dwa(num_tasks, window=1),
         rule=lambda jacobian, losses: papers_losses.dwa(losses[None], 1)[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "softadapt": Case(
+        make=lambda num_tasks: surgery.softadapt(num_tasks),
+        rule=lambda jacobian, losses: papers_losses.softadapt(losses[None])[0] @ jacobian,
+        linear_under_scaling=True,
+        positive_weights=True,
+    ),
+    "relobralo": Case(
+        make=lambda num_tasks: surgery.relobralo(num_tasks),
+        rule=lambda jacobian, losses: papers_losses.relobralo(losses[None])[0] @ jacobian,
         linear_under_scaling=True,
         positive_weights=True,
     ),

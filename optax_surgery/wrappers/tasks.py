@@ -350,6 +350,68 @@ def clip_tasks(surgery: core.Surgery, max_norm: float) -> core.Surgery:
     return core.gradient_surgery(core.Weighting(init, update), name=name)
 
 
+class OnLogLossesState(NamedTuple):
+    """State of `on_log_losses`.
+
+    Attributes:
+      inner_state: the state of the surgery.
+    """
+
+    inner_state: Any
+
+
+def on_log_losses(surgery: core.Surgery) -> core.Surgery:
+    r"""Operates on the gradients of the logarithms of the losses.
+
+    The surgery sees :math:`\nabla \log L_i = g_i / L_i` in the place of :math:`g_i`, so that the
+    units of the losses play no part. The gradients themselves are not copied: the surgery sees
+    the Gramian of the divided gradients, and its weights are divided in turn.
+
+    Args:
+      surgery: what to do with the divided gradients; it has to work on the Gramian or the losses.
+
+    Returns:
+      A `Surgery` from leaves (T, *shape) to leaves (*shape). The update is one of gradients of log
+      losses: of no unit, and independent of the scales of the losses.
+
+    Raises:
+      ValueError: for what is no surgery; at trace time, from `update`, if `losses` are missing, or
+        if the surgery works on coordinates.
+
+    Note:
+      A loss that is not above zero has no logarithm: its task has weight zero in that step, and
+      its gradient counts as zero. `on_log_losses(sum())` is `scale_invariant()`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_surgery as surgery
+      >>> tx = surgery.on_log_losses(surgery.mean())
+      >>> task_grads, losses = jnp.array([[4.0, 0.0], [0.0, 0.1]]), jnp.array([2.0, 0.1])
+      >>> updates, _ = tx.update(task_grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(updates)
+      [1.  0.5]
+
+    References:
+      Logarithms of the losses in front of MGDA, CAGrad, IMTL-G and others are in the authors' code
+      of `FairGrad <https://arxiv.org/abs/2402.15638>`_ and of `FAMO
+      <https://arxiv.org/abs/2306.03792>`_.
+    """
+    name = checks.arguments(on_log_losses, locals(), surgery=core.Surgery)
+
+    def init():
+        return OnLogLossesState(surgery.init(()))
+
+    def update(tasks, state):
+        losses, scales = tasks.losses, tasks.relative_gramian[1]
+        # Of the rows that the Gramian was gathered of, which are the gradients times the scales.
+        factors = jnp.where(losses > 0, 1 / jnp.where(losses > 0, losses, 1), 0) / scales
+        weights, inner_state = _rescaled(surgery, tasks, factors, state.inner_state)
+        return weights, OnLogLossesState(inner_state)
+
+    weighting = core.Weighting(init, update, usable=lambda tasks: tasks.losses > 0)
+    return core.gradient_surgery(weighting, name=name)
+
+
 def _rescaled(
     surgery: core.Surgery, tasks: core.Tasks, factors: jax.Array, state: Any
 ) -> tuple[jax.Array, Any]:

@@ -13,6 +13,7 @@ import pytest
 import optax_surgery as surgery
 from optax_surgery.methods.go4align import group_means
 from tests.cases import FROM_THE_LOSSES
+from tests.papers import gramian as papers_gramian
 from tests.papers import losses as papers_losses
 
 NUM_TASKS, SIZE, NUM_STEPS = 4, 6, 60
@@ -60,6 +61,28 @@ TRAJECTORIES = {
         lambda: surgery.dwa(NUM_TASKS, window=7, temperature=0.5),
         functools.partial(papers_losses.dwa, window=7, temperature=0.5),
     ),
+    "softadapt": (
+        lambda: surgery.softadapt(NUM_TASKS, focus=2.0),
+        functools.partial(papers_losses.softadapt, focus=2.0),
+    ),
+    "softadapt, normalized": (
+        lambda: surgery.softadapt(NUM_TASKS, focus=3.0, kind="normalized"),
+        functools.partial(papers_losses.softadapt, focus=3.0, kind="normalized"),
+    ),
+    "softadapt, loss-weighted": (
+        lambda: surgery.softadapt(NUM_TASKS, focus=0.5, kind="loss_weighted"),
+        functools.partial(papers_losses.softadapt, focus=0.5, kind="loss_weighted"),
+    ),
+    "relobralo, never looking back": (
+        lambda: surgery.relobralo(NUM_TASKS, decay=0.7, lookback=1.0),
+        functools.partial(papers_losses.relobralo, decay=0.7),
+    ),
+    "relobralo, always looking back": (
+        lambda: surgery.relobralo(NUM_TASKS, temperature=1.0, decay=0.7, lookback=0.0),
+        functools.partial(
+            papers_losses.relobralo, temperature=1.0, decay=0.7, keeps=np.zeros(NUM_STEPS)
+        ),
+    ),
     "famo": (lambda: surgery.famo(NUM_TASKS), papers_losses.famo),
     "famo with bounds and decay": (
         lambda: surgery.famo(NUM_TASKS, lower_bounds=np.array([-1, 0, -3, 0.01]), decay=0.1),
@@ -81,6 +104,19 @@ def test_weights_of_60_steps_are_those_of_the_paper(name):
     np.testing.assert_allclose(weights, expected, rtol=2e-5)
 
 
+def test_relobralo_looks_back_as_often_as_it_says():
+    history = np.repeat(loss_history()[:1], 400, axis=0)
+    history[1:, 0] *= 2  # a task that was set back: only a look back tells
+    tx = surgery.relobralo(NUM_TASKS, temperature=1.0, decay=1.0, lookback=0.9)
+    weights, _ = run(tx, history)
+    renewed = (weights[1:] != weights[:-1]).any(axis=1)
+    assert renewed.sum() == 1, "the first look back; later ones find the same"
+    first = np.argmax(renewed) + 1
+    expected = papers_losses.relobralo(history[:2], temperature=1.0, decay=1.0, keeps=[0, 0])[1]
+    np.testing.assert_allclose(weights[first:], expected[None].repeat(400 - first, 0), rtol=1e-5)
+    assert first < 100
+
+
 @pytest.mark.parametrize("asymmetry", [0.12, 1.5])
 def test_60_steps_of_gradnorm_are_those_of_the_paper(asymmetry):
     jacobians, history = jacobian_history(), loss_history()
@@ -91,6 +127,13 @@ def test_60_steps_of_gradnorm_are_those_of_the_paper(asymmetry):
     np.testing.assert_allclose(states.task_weights[:-1], expected[1:], atol=2e-5)
     exact = np.einsum("st,stn->sn", expected, jacobians)
     np.testing.assert_allclose(updates, exact, atol=1e-4 * np.abs(jacobians).max())
+
+
+def test_60_steps_of_inverse_norms_are_those_of_the_paper():
+    jacobians, history = jacobian_history(), loss_history()
+    expected = papers_gramian.inverse_norms(jacobians, decay=0.8)
+    updates, _ = run(surgery.inverse_norms(NUM_TASKS, decay=0.8), history, jacobians)
+    np.testing.assert_allclose(updates, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_60_steps_of_imtl_are_those_of_the_paper():
@@ -457,6 +500,8 @@ WITH_NUM_TASKS = {
     "imtl_l": {},
     "imtl": {},
     "dwa": {"window": 3},
+    "softadapt": {},
+    "relobralo": {},
     "famo": {},
     "go4align": {"num_groups": 2},
     "gradnorm": {},

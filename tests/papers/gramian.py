@@ -301,3 +301,15 @@ def geometric_median(jacobian):
                 return point
         point = point + length * step
     return point
+
+
+def inverse_norms(jacobians, decay=0.9):
+    """Wang et al. 2023, with the mean of the norms as in their code: the updates of every step."""
+    averages, updates = np.ones(len(jacobians[0])), []
+    for jacobian in jacobians:
+        norms = np.linalg.norm(jacobian, axis=1)
+        present = norms > 0
+        fresh = norms[present].mean() / norms[present]
+        averages[present] = decay * averages[present] + (1 - decay) * fresh
+        updates.append(averages[present] @ jacobian[present])
+    return np.array(updates)

@@ -151,6 +151,31 @@ def dwa(history, window, temperature=2.0):
     return weights
 
 
+def softadapt(history, focus=0.1, kind="plain"):
+    """Heydari et al. 2019: the weights of every step; in the first, losses count as unchanged."""
+    changes = np.diff(history, axis=0, prepend=history[:1])
+    if kind == "normalized":
+        totals = np.abs(changes).sum(axis=1, keepdims=True)
+        changes = changes / np.where(totals > 0, totals, 1)
+    shares = np.exp(focus * changes) * (history if kind == "loss_weighted" else 1)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def relobralo(history, temperature=0.1, decay=0.999, keeps=None):
+    """Bischof and Kraus 2021: the weights of every step, given the draws of rho."""
+    num_steps, num_tasks = history.shape
+
+    def balance(now, then):
+        return num_tasks * softmax(now / then / temperature)
+
+    weights = [np.ones(num_tasks)]
+    for step in range(1, num_steps):
+        since_last = balance(history[step], history[step - 1])
+        past = weights[-1] if keeps is None or keeps[step] else balance(history[step], history[0])
+        weights.append(decay * past + (1 - decay) * since_last)
+    return np.array(weights)
+
+
 def famo(history, lower_bounds=0.0, decay=1e-3, learning_rate=0.025):
     """Liu et al. 2023, Algorithm 1: the weights of every step.
 

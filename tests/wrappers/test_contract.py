@@ -283,6 +283,7 @@ OF_A_SURGERY = {
     "monitor": lambda inner: surgery.monitor(NUM_TASKS, inner),
     "normalize_tasks": surgery.normalize_tasks,
     "clip_tasks": lambda inner: surgery.clip_tasks(inner, 1.0),
+    "on_log_losses": surgery.on_log_losses,
     "cr_mogm": lambda inner: surgery.cr_mogm(inner, NUM_TASKS),
 }
 

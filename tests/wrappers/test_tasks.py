@@ -24,8 +24,8 @@ from tests.wrappers.cases import (
 )
 
 
-def first_update(tx, task_grads):
-    return tx.update(task_grads, tx.init(None))[0]
+def first_update(tx, task_grads, **extra_args):
+    return tx.update(task_grads, tx.init(None), **extra_args)[0]
 
 
 # per_task
@@ -125,6 +125,7 @@ def test_a_surgery_of_rescaled_gradients(name):
     for tx, expected in [
         (surgery.normalize_tasks(inner), vectors(jnp.ones(3))),
         (surgery.clip_tasks(inner, 1.0), clipped()),
+        (surgery.on_log_losses(inner), vectors(LENGTHS / LOSSES)),
     ]:
         update = functools.partial(jax.jit(tx.update), losses=LOSSES)
         updates, state = update(vectors(), tx.init(params))
@@ -179,6 +180,42 @@ def test_rescaling_without_a_stack_of_gradients():
         fn = surgery.surgery_value_and_grad(losses_fn, tx)
         (_, grads), _ = fn({"a": jnp.ones(3), "b": jnp.ones(())}, tx.init(None))
         assert_close(grads, first_update(surgery.pcgrad(), stack), 1e-5)
+
+
+@pytest.mark.parametrize("name", OF_THE_GRAMIAN)
+@pytest.mark.parametrize("units", [1.0, 1e-15, 1e15])
+def test_the_units_of_the_losses_play_no_part_in_log_losses(name, units):
+    """Stacked, from a Gramian, and without a stack; one loss and its gradient in other units."""
+    factors = jnp.array([1.0, units, 1.0])
+    tx = surgery.on_log_losses(cases.METHODS[name].surgery(NUM_TASKS))
+    state, update = tx.init(None), jax.jit(tx.update)
+    expected, _ = update(vectors(), state, losses=LOSSES)
+    found, _ = update(vectors(LENGTHS * factors), state, losses=LOSSES * factors)
+    assert_close(found, expected, 1e-4)
+
+    def losses_fn(params):
+        slopes = vectors(LENGTHS * factors)
+        of_params = slopes["a"] @ params["a"] + slopes["b"] * params["b"]
+        return of_params + LOSSES * factors
+
+    fn = surgery.surgery_value_and_grad(losses_fn, tx)
+    (_, grads), _ = fn({"a": jnp.zeros(3), "b": jnp.zeros(())}, state)
+    assert_close(grads, expected, 1e-4)
+
+
+def test_the_sum_of_log_losses_is_the_scale_invariant_method():
+    found = first_update(surgery.on_log_losses(surgery.sum()), vectors(), losses=LOSSES)
+    assert_close(found, first_update(surgery.scale_invariant(), vectors(), losses=LOSSES), 1e-6)
+
+
+def test_a_loss_without_a_logarithm_has_no_weight_and_is_counted():
+    tx = surgery.on_log_losses(surgery.pcgrad())
+    losses = LOSSES.at[1].set(-1.0)
+    update, state = tx.update(vectors(), tx.init(None), losses=losses)
+    mask = jnp.array([True, False, True])
+    expected, _ = tx.update(vectors(), tx.init(None), losses=LOSSES, task_mask=mask)
+    assert_close(update, expected, 1e-6)
+    assert state.unusable_losses == 1
 
 
 FAR_APART = jnp.array([1e30, 1.0, 1e-30])
