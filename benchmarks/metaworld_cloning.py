@@ -19,7 +19,6 @@ import functools
 import importlib.metadata
 import io
 import json
-import operator
 import os
 import sys
 import tempfile
@@ -204,14 +203,19 @@ def stack(seeds):
     def padded(x):
         return np.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0)))
 
-    data = {name: np.stack([padded(each[name]) for each in seeds]) for name in ARRAYS[:2]}
-    data["size"] = np.stack([each["size"] for each in seeds])
-    real = (np.arange(size) < data["size"][..., None])[..., None]
-    where = {"axis": (1, 2), "where": real, "keepdims": True}
-    data["mean"] = np.mean(data["observation"], **where)
+    observation, action = (np.stack([padded(each[name]) for each in seeds]) for name in ARRAYS[:2])
+    sizes = np.stack([each["size"] for each in seeds])
+    real = (np.arange(size) < sizes[..., None])[..., None]
+    mean = np.mean(observation, axis=(1, 2), where=real, keepdims=True)
     # Some features are always zero.
-    data["scale"] = np.std(data["observation"], **where) + 1e-3
-    data["observation"] = (data["observation"] - data["mean"]) / data["scale"]
+    scale = np.std(observation, axis=(1, 2), where=real, keepdims=True) + 1e-3
+    data = {
+        "observation": (observation - mean) / scale,
+        "action": action,
+        "size": sizes,
+        "mean": mean,
+        "scale": scale,
+    }
     return jax.tree.map(jnp.asarray, data)
 
 
@@ -229,54 +233,64 @@ def choose_action(params, observation, task, config):
     """The policy: actions at normalised observations (..., features) of one task."""
     told = jnp.broadcast_to(jax.nn.one_hot(task, NUM_TASKS), (*observation.shape[:-1], NUM_TASKS))
     network = Network(metaworld_tasks.NUM_ACTIONS, config.width, config.depth)
-    return network.apply(params, jnp.concatenate([observation, told], axis=-1), task)
+    return jnp.asarray(network.apply(params, jnp.concatenate([observation, told], axis=-1), task))
 
 
-def make_state(key, num_features, num_tasks, update, config):
+def make_state(key, num_features, num_tasks, method, config):
     """Adam divides by the size of recent updates: a method's scale is no learning rate."""
     network = Network(metaworld_tasks.NUM_ACTIONS, config.width, config.depth)
     params = network.init(key, jnp.zeros(num_features + NUM_TASKS), jnp.zeros((), int))
-    make = methods.METHODS.get(update, lambda num_tasks: surgery.mean())
+    update = surgery.mean() if method == "mean" else methods.METHODS[method](num_tasks)
     adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
-    tx = optax.chain(make(num_tasks), adam)
+    tx = optax.chain(update, adam)
     return SurgeryTrainState.create(apply_fn=network.apply, params=params, tx=tx)
 
 
-def train(run, data, update, config):
-    """One run. Returns the parameters, losses (points, T), and for T > 1 cosines."""
-    num_tasks = len(run.tasks)
-    observations, actions, sizes = (
-        data[name][run.seeds][run.tasks] for name in ("observation", "action", "size")
-    )
-    init_key, batch_key, probe_key = jax.random.split(jax.random.key(run.seeds), 3)
+def task_gradients(params, examples, rows, tasks, config):
+    """Losses (T,) and gradients of the tasks, on rows (T, batch) of their states."""
 
     def loss_fn(params, observation, action, task):
         return jnp.mean((choose_action(params, observation, task, config) - action) ** 2)
 
-    def task_gradients(params, rows):
-        batch = (each[jnp.arange(num_tasks)[:, None], rows] for each in (observations, actions))
-        return surgery.per_task_value_and_grad(loss_fn)(params, *batch, run.tasks)
+    at = jnp.arange(len(tasks))[:, None], rows
+    observation, action = examples["observation"][at], examples["action"][at]
+    return surgery.per_task_value_and_grad(loss_fn)(params, observation, action, tasks)
+
+
+def cosines_on_two_batches(params, examples, tasks, key, config):
+    """Entry (i, j) is the cosine of task i on the one batch and task j on the other.
+
+    So the diagonal is the control: what the noise of a batch leaves of 1.
+    """
+    halves = two_batches(key, examples["size"], examples["action"].shape[1], config.batch_size)
+    _, grads = lax.map(lambda rows: task_gradients(params, examples, rows, tasks, config), halves)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grads)
+    return surgery.cosine_similarities(surgery.gramian(stacked))[: len(tasks), len(tasks) :]
+
+
+def train(run, data, method, config):
+    """One run. Returns the parameters, losses (points, T), and for T > 1 cosines."""
+    examples = {name: data[name][run.seeds][run.tasks] for name in ARRAYS[:3]}
+    sizes = examples["size"][:, None]
+    init_key, batch_key, probe_key = jax.random.split(jax.random.key(run.seeds), 3)
 
     def train_step(state, step):
         key = jax.random.fold_in(batch_key, step)
-        drawn = jax.random.uniform(key, (num_tasks, config.batch_size))
-        losses, grads = task_gradients(state.params, (drawn * sizes[:, None]).astype(int))
+        drawn = jax.random.uniform(key, (len(run.tasks), config.batch_size))
+        rows = (drawn * sizes).astype(int)
+        losses, grads = task_gradients(state.params, examples, rows, run.tasks, config)
         return state.apply_gradients(grads=grads, losses=losses), losses
-
-    def cosines(params, key):
-        halves = two_batches(key, sizes, observations.shape[1], config.batch_size)
-        _, grads = lax.map(lambda rows: task_gradients(params, rows), halves)
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grads)
-        return surgery.cosine_similarities(surgery.gramian(stacked))[:num_tasks, num_tasks:]
 
     def train_stretch(state, steps):
         state, losses = lax.scan(train_step, state, steps)
         seen = {"loss": jnp.mean(losses, axis=0)}
-        if num_tasks > 1:
-            seen["cosines"] = cosines(state.params, jax.random.fold_in(probe_key, steps[0]))
+        if len(run.tasks) > 1:
+            key = jax.random.fold_in(probe_key, steps[0])
+            seen["cosines"] = cosines_on_two_batches(state.params, examples, run.tasks, key, config)
         return state, seen
 
-    state = make_state(init_key, observations.shape[-1], num_tasks, update, config)
+    num_features = data["observation"].shape[-1]
+    state = make_state(init_key, num_features, len(run.tasks), method, config)
     steps = jnp.arange(config.steps).reshape(config.points, -1)
     state, seen = lax.scan(train_stretch, state, steps)
     return state.params, seen
@@ -285,30 +299,30 @@ def train(run, data, update, config):
 def two_batches(key, sizes, most, count):
     """Rows (2, T, count) of two batches of each task that share no state, while there are enough.
 
-    Entry (i, j) of the cosines is then that of task i on the one batch and task j on the other. So
-    the diagonal is the control: what the noise of a batch leaves of 1. They are as large as in
-    training. Larger ones would be the halves of all states: where the mean gradient vanishes, these
-    have opposite gradients.
+    They are as large as in training. Larger ones would be the halves of all states: where the
+    gradient of the whole vanishes, those of its halves are opposite.
     """
     order = jax.random.uniform(key, (len(sizes), most))
     # Padding comes last.
-    order = jnp.argsort(jnp.where(jnp.arange(most) < sizes[:, None], order, 2.0), axis=1)
+    order = jnp.argsort(jnp.where(jnp.arange(most)[None] < sizes[:, None], order, 2.0), axis=1)
     half = jnp.clip(sizes // 2, 1, count)[:, None]
-    first = jnp.arange(count) % half
+    first = jnp.arange(count)[None] % half
     return jnp.take_along_axis(order[None], jnp.stack([first, half + first]), axis=-1)
 
 
 # --- All runs of a method
 
 
-def test(params, mean, scale, names, seed, config):
-    """Success (T, episodes) of one seed's policies: parameters with a leading axis T."""
+def test(params, data, names, seed, config):
+    """Success (T, episodes) of one seed, from parameters with axes (seeds, T)."""
+    params = jax.tree.map(lambda leaf: leaf[seed], params)
+    mean, scale = data["mean"][seed, 0], data["scale"][seed, 0]
     policy = jax.vmap(functools.partial(choose_action, config=config))
 
     @jax.jit
     def choose(observations):
         # The policy is told the task by its number.
-        seen = (observations[:, :-NUM_TASKS] - mean[0]) / scale[0]
+        seen = (observations[:, :-NUM_TASKS] - mean) / scale
         return jnp.clip(policy(params, seen, jnp.arange(NUM_TASKS)), -1, 1)
 
     def act(observations):
@@ -329,9 +343,9 @@ def train_seeds(method, config, data):
     # A seed has one policy, or one a task.
     groups = numbers[:, None] if method == "single" else numbers[None, :]
     runs = Runs(np.arange(config.seeds).repeat(len(groups)), np.tile(groups, (config.seeds, 1)))
-    update = "mean" if method == "single" else method
+    method = "mean" if method == "single" else method
     train_runs = jax.jit(
-        jax.vmap(functools.partial(train, update=update, config=config), (0, None))
+        jax.vmap(functools.partial(train, method=method, config=config), (0, None))
     )
     params, seen = jax.block_until_ready(train_runs(runs, data))
 
@@ -355,8 +369,7 @@ def train_method(method, config, data, names, tell):
     success = []
     for seed in range(config.seeds):
         tell(f"{method}: rollouts, seed {seed}")
-        of_seed = jax.tree.map(operator.itemgetter(seed), (params, data["mean"], data["scale"]))
-        success.append(np.mean(test(*of_seed, names, seed, config), axis=1))
+        success.append(np.mean(test(params, data, names, seed, config), axis=1))
     return {
         "success": np.array(success),
         "loss": loss,
@@ -462,13 +475,15 @@ def in_words(names, board, results, config):
         f"{of_mean.min():.0%} of the rollouts."
     )
     between, same = agreement(results)
-    for when, point in (("In the first", 0), ("In the last", -1)):
+    for when, point in (("first", 0), ("last", -1)):
         yield (
-            f"{when} of {config.points} looks at training with mean the cosine between the "
+            f"At the {when} of {config.points} looks at training with mean the cosine between the "
             f"gradients of two tasks is {between[:, point].mean():+.2f} on average, "
             f"{np.mean(between[:, point] < -0.1):.0%} of the pairs are below -0.1, and that of one "
             f"task on two batches is {same[:, point].mean():+.2f}."
         )
+    if same[:, -1].mean() < same[:, 0].mean() / 2:
+        yield "The latter falls to less than half: late gradients are mostly the noise of a batch."
 
 
 # --- The picture
@@ -509,7 +524,7 @@ def draw_success(axes, names, board, results, colours):
         axes.bar(at, heights, width, color=colours[method], alpha=0.85, label=label)
         axes.errorbar(at, heights, yerr=bars, fmt="none", ecolor="#555555", lw=1, capsize=1.5)
     axes.axvline(len(names) - 0.35, color="#AAAAAA", lw=0.8)
-    labels = [short(name).replace("-", "\n", 1) for name in names]
+    labels = [short(name).replace("-", "\n") for name in names]
     axes.set_xticks(places, [*labels, "mean over\ntasks"], fontsize=9)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("success")
