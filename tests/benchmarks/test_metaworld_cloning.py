@@ -1,6 +1,7 @@
 """The benchmark on cloning, with points that walk to goals in place of robots."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -235,6 +236,16 @@ def test_padding_is_never_read(config):
     assert np.all(np.isfinite(losses))
     assert np.all(np.isfinite(cosines))
     assert cosines.shape == (2, config.points, NUM_TASKS, NUM_TASKS)
+
+
+def test_every_method_fits(config):
+    data = make_data(config)
+    run = metaworld_cloning.Runs(jnp.zeros((), int), jnp.arange(NUM_TASKS))
+    for method in metaworld_cloning.CHOICES[1:]:
+        train = functools.partial(metaworld_cloning.train, method=method, config=config)
+        # It is not run, which would take minutes.
+        _, seen = jax.eval_shape(train, run, data)
+        assert seen["loss"].shape == (config.points, NUM_TASKS)
 
 
 def test_real_states_are_normalised(config):
