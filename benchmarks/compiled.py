@@ -30,11 +30,11 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 
 # The compiler for a GPU needs no CUDA libraries; JAX looks for them when it looks for devices.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -439,25 +439,23 @@ def main(argv=None):
     distinct = set().union(*shapes.values())
     total = len(config.tasks) * (len(programs) + len(devices) * len(distinct))
     leaves, whole = [], []
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Compiling", total=total)
+    with Progress(total) as progress:
         for num_tasks in config.tasks:
             for device in devices:
                 found = {}
                 for shape in distinct:
-                    progress.update(bar, description=f"{device}, ({num_tasks}, *{shape})")
+                    progress.describe(f"{device}, ({num_tasks}, *{shape})")
                     found[shape] = measure_leaf(device, num_tasks, shape)
-                    progress.advance(bar)
+                    progress.advance()
                 leaves += leaf_rows(device, num_tasks, shapes, found)
             for device, number, name in programs:
-                progress.update(bar, description=f"{device} x{number}, {name}")
+                progress.describe(f"{device} x{number}, {name}")
                 measured = measure_program(device, number, num_tasks, name)
                 whole.append(
                     {"program": name, "device": device, "devices": number, "tasks": num_tasks}
                     | measured
                 )
-                progress.advance(bar)
+                progress.advance()
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     console.print(leaf_table(leaves))

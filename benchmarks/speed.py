@@ -38,11 +38,11 @@ from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 
 
 def peers() -> tuple[Any, Any, Any]:
@@ -470,9 +470,9 @@ def run(config, jobs, aggregators, left_out, progress):
     """Samples and differences by case. Time that a job does not need goes to those after it."""
     results, last = {}, {}
     end = time.perf_counter() + config.seconds
-    bar = progress.add_task("Measuring", total=len(jobs))
     for number, job in enumerate(jobs):
-        progress.update(bar, description=str(job.case), advance=1)
+        progress.describe(str(job.case))
+        progress.advance()  # here, as it may be left out
         start = time.perf_counter()
         share = (end - start) / (len(jobs) - number)
         # A larger stack takes as long to compile and, in proportion to its cost, longer to run.
@@ -541,7 +541,8 @@ def measure_setup(config, progress):
     """For each method and number of tasks, what ours takes and what plain products take."""
     cases = [(method, tasks) for method in config.methods for tasks in config.setup_tasks]
     rows = []
-    for method, tasks in progress.track(cases, description="Set-up"):
+    for method, tasks in cases:
+        progress.describe(f"Set-up, {method}, {tasks} tasks")
         tx = METHODS[method]()
         ways = {
             "optax_surgery": lambda stack, tx=tx: tx.update(stack, tx.init(None))[0],
@@ -549,6 +550,7 @@ def measure_setup(config, progress):
         }
         seconds = {name: setup_seconds(function, tasks) for name, function in ways.items()}
         rows.append({"method": method, "num_tasks": tasks, "seconds": seconds})
+        progress.advance()
     return rows
 
 
@@ -758,8 +760,8 @@ def main(argv=None):
     jobs = plan(config, left_out)
     if not jobs:
         parser.error("nothing of --tasks and --sizes fits into memory, and there are no --networks")
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+    total = len(jobs) + len(config.methods) * len(config.setup_tasks)
+    with Progress(total) as progress:
         setup = measure_setup(config, progress)
         results = run(config, jobs, aggregators, left_out, progress)
     for result in results.values():

@@ -26,12 +26,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.networks import resnet18
+from benchmarks.progress import Progress
 
 CHUNK = 4  # tasks differentiated at once in the chunked way
 COLOURS = {
@@ -430,16 +430,10 @@ def main(argv=None):
         for network in config.networks
         for number in (config.samples if network == "samples" else config.tasks)
     ]
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Measuring", total=len(cases) * (4 + config.rounds))
-        for place, (network, number) in enumerate(cases):
-            if not terminal.is_terminal:
-                terminal.print(f"{network}, {number} tasks ({place + 1} of {len(cases)})")
-            progress.update(bar, description=f"{network}, {number} tasks")
-            results[network, number] = measure(
-                network, number, config, lambda: progress.advance(bar)
-            )
+    with Progress(len(cases) * (4 + config.rounds)) as progress:
+        for network, number in cases:
+            progress.describe(f"{network}, {number} tasks")
+            results[network, number] = measure(network, number, config, progress.advance)
     console = Console(highlight=False)
     console.width = max(console.width, 160)
     console.print(make_table(results))

@@ -33,12 +33,12 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from scipy import optimize
 
 import optax_surgery as surgery
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 from optax_surgery import plotting
 
 LEARNING_RATE = 1e-3
@@ -555,18 +555,16 @@ def main(argv=None):
     files = config.out / "results.json", *(config.out / f"{name}.png" for name in pictures)
     check_output(parser, files, config.overwrite)
     jobs = list(jobs_of(config))
-    terminal = Console(stderr=True)
     paths, seconds = {}, {}
     with (
-        Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress,
+        Progress(len(jobs), "Training") as progress,
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
     ):
-        bar = progress.add_task("Training", total=len(jobs))
         found = threads.map(lambda job: run_job(job, config.length), jobs)
         for job, (found_paths, per_step) in zip(jobs, found, strict=True):
             paths |= found_paths
             seconds[job] = per_step
-            progress.advance(bar)
+            progress.advance()
 
     paths = {run: paths[run] for name in config.settings for run in paths if run[0] == name}
     stride = max(1, round(config.length * RECORD_EVERY))
