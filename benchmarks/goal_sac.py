@@ -44,6 +44,7 @@ from benchmarks.command_line import Parser, as_json, check_output, parse, write
 
 GOALS = np.array(list(itertools.product((-1.2, 0.0, 1.2), repeat=2)), np.float32)
 NUM_TASKS = len(GOALS)
+NUM_ACTIONS = 2  # a torque at each joint
 SURGERIES = {**methods.METHODS, "mean": lambda num_tasks: surgery.mean()}
 DEFAULTS = ("single", "sum", "pcgrad", "aligned_mtl")
 # Only methods that work on the Gramian: those that work on losses cannot take an actor's, which
@@ -54,9 +55,7 @@ CHOICES = (*DEFAULTS, "mean", "nash_mtl", "cagrad", "upgrad", "imtl_g")
 LEARNING_RATE = 1e-3
 DISCOUNT = 0.97
 POLYAK = 0.01
-# At the start. As a number of Python its logarithm would be of another type than what training
-# makes of it, and everything would be compiled twice.
-TEMPERATURE = np.float32(0.37)
+TEMPERATURE = 0.37  # at the start
 DEPTH = 2
 BATCH = 32  # transitions of each task per update
 ENVIRONMENTS = 4  # of each task; each makes one step per update
@@ -148,6 +147,17 @@ def show(observation, task, goal):
     return jnp.concatenate([observation[..., :-2], number], axis=-1)
 
 
+# The same of all environments of all tasks, (T, environments).
+reset_all = jax.vmap(jax.vmap(reset, (0, None)))
+observe_all = jax.vmap(jax.vmap(observe))
+step_all = jax.vmap(jax.vmap(step))
+step_or_reset_all = jax.vmap(jax.vmap(step_or_reset, (0, 0, None, 0)))
+
+
+def show_all(observations, tasks, goal):
+    return jax.vmap(lambda each, task: show(each, task, goal))(observations, tasks)
+
+
 # --- The optimiser
 
 
@@ -208,37 +218,41 @@ class Run(NamedTuple):
     key: jax.Array
 
 
-def start(lane, names, goal, width, capacity):
-    """An agent before its first update, and a memory with the steps of the warm-up."""
-    key = jax.random.key(lane.seed)
-    # An agent for one task is another one for every task.
-    key = jax.random.fold_in(key, lane.tasks[0])
-    init_key, reset_key, warm_key, key = jax.random.split(key, 4)
-    shape = len(lane.tasks), ENVIRONMENTS
-    worlds = jax.vmap(jax.vmap(reset, (0, None)))(jax.random.split(reset_key, shape), lane.tasks)
-    seen = observe(jax.tree.map(lambda each: each[0, 0], worlds))
+def make_agent(lane, names, goal, width, observation, key):
+    """The agent of a lane, operated on by the lane's method."""
+    num_tasks = len(lane.tasks)
     agent = sac.make_agent(
-        sac.Actor(2, width, DEPTH),
+        sac.Actor(NUM_ACTIONS, width, DEPTH),
         sac.Critic(width, DEPTH),
-        lambda: optax.chain(chosen(names, len(lane.tasks)), optax.adam(LEARNING_RATE)),
+        lambda: optax.chain(chosen(names, num_tasks), optax.adam(LEARNING_RATE)),
         optax.adam(LEARNING_RATE),
-        show(seen, lane.tasks[0], goal),
-        len(lane.tasks),
-        init_key,
+        show(observation, lane.tasks[0], goal),
+        num_tasks,
+        key,
         TEMPERATURE,
     )
-    agent = agent._replace(
-        **{
-            name: state.replace(opt_state=optax.tree.set(state.opt_state, method=lane.method))
-            for name, state in (("actor", agent.actor), ("critic", agent.critic))
-        }
+    actor, critic = (
+        each.replace(opt_state=optax.tree.set(each.opt_state, method=lane.method))
+        for each in (agent.actor, agent.critic)
     )
-    one = sac.Transitions(seen, jnp.zeros(2), jnp.zeros(()), seen, jnp.zeros(()))
+    return agent._replace(actor=actor, critic=critic)
+
+
+def start(lane, names, goal, width, capacity):
+    """An agent before its first update, and a memory with the steps of the warm-up."""
+    # A single agent has another key for every task; one for all tasks has that of the first.
+    key = jax.random.fold_in(jax.random.key(lane.seed), lane.tasks[0])
+    agent_key, reset_key, warm_key, key = jax.random.split(key, 4)
+    shape = len(lane.tasks), ENVIRONMENTS
+    worlds = reset_all(jax.random.split(reset_key, shape), lane.tasks)
+    seen = observe(jax.tree.map(lambda each: each[0, 0], worlds))
+    agent = make_agent(lane, names, goal, width, seen, agent_key)
+    one = sac.Transitions(seen, jnp.zeros(NUM_ACTIONS), jnp.zeros(()), seen, jnp.zeros(()))
     memory = jax.tree.map(lambda x: jnp.zeros((len(lane.tasks), capacity, *x.shape)), one)
 
     def random_step(run, number):
         action_key, step_key = jax.random.split(jax.random.fold_in(warm_key, number))
-        actions = jax.random.uniform(action_key, (*shape, 2), minval=-1.0, maxval=1.0)
+        actions = jax.random.uniform(action_key, (*shape, NUM_ACTIONS), minval=-1.0, maxval=1.0)
         return interact(run, lane, actions, step_key, number), None
 
     return lax.scan(random_step, Run(agent, worlds, memory, key), jnp.arange(WARM_UP))[0]
@@ -246,17 +260,15 @@ def start(lane, names, goal, width, capacity):
 
 def interact(run, lane, actions, key, number):
     """Every environment makes its step of this number, which is remembered."""
-    before = jax.vmap(jax.vmap(observe))(run.worlds)
-    over_all = jax.vmap(jax.vmap(step_or_reset, (0, 0, None, 0)))
     keys = jax.random.split(key, actions.shape[:2])
-    after, worlds, reward = over_all(run.worlds, actions, lane.tasks, keys)
+    after, worlds, reward = step_or_reset_all(run.worlds, actions, lane.tasks, keys)
     # Episodes end by their time limit only, so that the value after it counts.
     new = sac.Transitions(
-        before,
-        actions,
-        reward * lane.scales[:, None],
-        jax.vmap(jax.vmap(observe))(after),
-        jnp.ones_like(reward),
+        observation=observe_all(run.worlds),
+        action=actions,
+        reward=reward * lane.scales[:, None],
+        next_observation=observe_all(after),
+        continues=jnp.ones_like(reward),
     )
     memory = jax.tree.map(
         lambda old, x: lax.dynamic_update_slice_in_dim(old, x, number * ENVIRONMENTS, axis=1),
@@ -270,17 +282,16 @@ def sample(run, lane, goal, key, size, rows):
     """Transitions (T, size) as the networks see them. `rows` makes row numbers of a key."""
     places = rows(key, (len(lane.tasks), size))
     batch = jax.tree.map(lambda each: jax.vmap(lambda x, i: x[i])(each, places), run.memory)
-    shown = functools.partial(jax.vmap(functools.partial(show, goal=goal)), task=lane.tasks)
     return batch._replace(
-        observation=shown(batch.observation), next_observation=shown(batch.next_observation)
+        observation=show_all(batch.observation, lane.tasks, goal),
+        next_observation=show_all(batch.next_observation, lane.tasks, goal),
     )
 
 
 def update(run, lane, number, goal):
     """One step of the environments and of the agent; losses and weights, each (T,)."""
     keys = jax.random.split(jax.random.fold_in(run.key, number), 4)
-    observation = jax.vmap(jax.vmap(observe))(run.worlds)
-    observation = jax.vmap(functools.partial(show, goal=goal))(observation, lane.tasks)
+    observation = show_all(observe_all(run.worlds), lane.tasks, goal)
     actor = run.agent.actor
     actions, _ = sac.act(actor.apply_fn, actor.params, observation, lane.tasks, keys[0])
     run = interact(run, lane, actions, keys[1], number)
@@ -309,16 +320,16 @@ def train_stretch(run, lane, numbers, goal):
 
 
 def play(run, lane, goal, key):
-    """Success and reward (T,) of greedy episodes, and the cosines of the tasks' gradients."""
-    keys = jax.random.split(key, EPISODES)
-    worlds = jax.vmap(lambda task: jax.vmap(reset, (0, None))(keys, task))(lane.tasks)
+    """Success and reward (T,) at the end of greedy episodes."""
+    # From the same starts for every task.
+    keys = jnp.broadcast_to(jax.random.split(key, EPISODES), (len(lane.tasks), EPISODES))
+    worlds = reset_all(keys, lane.tasks)
     actor = run.agent.actor
 
     def one_step(worlds, _):
-        observation = jax.vmap(jax.vmap(observe))(worlds)
-        observation = jax.vmap(functools.partial(show, goal=goal))(observation, lane.tasks)
+        observation = show_all(observe_all(worlds), lane.tasks, goal)
         actions = sac.act_greedily(actor.apply_fn, actor.params, observation, lane.tasks)
-        return jax.vmap(jax.vmap(step))(worlds, actions)
+        return step_all(worlds, actions)
 
     _, rewards = lax.scan(one_step, worlds, length=make_reacher()[1].max_steps_in_episode)
     at_the_end = jnp.mean(rewards[-LAST:], axis=0)
@@ -329,11 +340,11 @@ def task_gradients(run, lane, batch, key):
     """The critic's and the actor's, of one batch."""
     agent, keys = run.agent, jax.random.split(key, len(lane.tasks))
 
-    def of_critic(params, *each):
-        return sac.critic_loss(params, agent, *each, DISCOUNT)
+    def of_critic(params, batch, task, temperature, key):
+        return sac.critic_loss(params, agent, batch, task, temperature, key, DISCOUNT)
 
-    def of_actor(params, *each):
-        return sac.actor_loss(params, agent, *each)[0]
+    def of_actor(params, batch, task, temperature, key):
+        return sac.actor_loss(params, agent, batch, task, temperature, key)[0]
 
     own = batch, lane.tasks, agent.temperatures, keys
     return {
@@ -455,21 +466,19 @@ def train_setting(names, seeds, config, tell):
     """{method: what was seen} of one setting, the first of each axis in `config`."""
     found = {}
     if joint := tuple(name for name in names if name != "single"):
-        found |= train_joint(joint, seeds, config, lambda n: tell(f"{len(joint)} methods", n))
+        found |= train_joint(joint, seeds, config, functools.partial(tell, "agents of all goals"))
     if "single" in names:
-        found["single"] = train_single(seeds, config, lambda n: tell("single", n))
+        found["single"] = train_single(seeds, config, functools.partial(tell, "single agents"))
     return found
 
 
 def diverged(seen):
     """In which seeds something is not finite."""
-    bad = [~np.isfinite(np.asarray(each, float)).all(axis=(1, 2)) for each in flat(seen)]
-    return np.flatnonzero(np.any(bad, axis=0))
-
-
-def flat(seen):
-    """All that was seen, as arrays (seeds, points, numbers)."""
-    return [np.asarray(each, float).reshape(*np.shape(each)[:2], -1) for each in seen.values()]
+    finite = [
+        np.isfinite(np.asarray(each, float)).reshape(len(each), -1).all(axis=1)
+        for each in seen.values()
+    ]
+    return np.flatnonzero(~np.all(finite, axis=0))
 
 
 # --- What it finds
@@ -668,21 +677,25 @@ def draw_weights(figure, results, steps):
         row[0].set_ylabel(f"{network}: weight over mean", fontsize=8)
         for axes, method in zip(row, names, strict=True):
             for task, line in enumerate(shares(results[method], network).mean(axis=0).T):
-                axes.plot(steps[1:], line, color=colours[task], lw=1, label=f"task {task}")
+                axes.plot(steps[1:], line, color=colours[task], lw=1)
             axes.axhline(1, color="black", lw=0.8, ls=":")
             axes.tick_params(labelsize=7)
-            axes.set_yscale("log")
+        if np.max([shares(results[method], network) for method in names]) > 5:
+            # Not a plain logarithm: a weight may be below 0.
+            row[0].set_yscale("symlog", linthresh=0.1)
+            row[0].yaxis.set_major_formatter("{x:g}")
     for axes, method in zip(panels[0], names, strict=True):
         axes.set_title(method, fontsize=9)
     for axes in panels[1]:
         axes.set_xlabel("updates", fontsize=8)
+    figure.suptitle("weights: a line for each task, from dark (the first) to bright", fontsize=10)
 
 
 def make_figure(results, setting, config):
     figure = Figure(figsize=(15, 10), layout="constrained", dpi=130)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1))
-    curves, tasks = upper.subfigures(1, 2, width_ratios=(1, 1.1))
-    agreement, weights = lower.subfigures(1, 2, width_ratios=(1, 1.6))
+    upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    curves, tasks = upper.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.1))[0]
+    agreement, weights = lower.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.6))[0]
     steps = np.linspace(0, config.updates, config.points + 1)
     draw_success(curves, results, steps)
     draw_tasks(tasks, results, steps, reward_scales(setting[0]))
@@ -764,9 +777,8 @@ def train_left(parser, config, setting, results, report):
         )
 
 
-def train_all(parser, config):
+def train_all(parser, config, settings):
     """{setting: {method: what was seen}}. What is finished is files, and kept."""
-    settings = list(itertools.product(config.scales, config.goal))
     found = {
         setting: sweep.finished_runs(
             parser, of_setting(config, setting), run_files(config, setting)
@@ -802,10 +814,19 @@ def check_packages(parser):
         parser.error(f'{error}: install what it needs with pip install -e ".[rl]"')
 
 
-def as_png(figure):
+def report_setting(console, setting, results, config):
+    """Prints what was found in one setting. Returns it for the file, and its picture."""
+    rows = compare(results)
+    findings = list(in_words(rows, results, config.seeds))
+    console.print(f"\n{describe(setting)}", style="bold")
+    console.print(make_table(rows, results))
+    console.print(*findings, sep="\n", soft_wrap=True)
+    scale, goal = setting
+    baseline = baseline_of(results)
+    told = {"scale": scale, "goal": goal, "baseline": baseline, "rows": rows, "findings": findings}
     picture = io.BytesIO()
-    figure.savefig(picture)
-    return picture.getvalue()
+    make_figure(results, setting, config).savefig(picture)
+    return told | {"runs": results}, picture.getvalue()
 
 
 def main(argv=None):
@@ -813,41 +834,17 @@ def main(argv=None):
     config = read_options(parser, argv)
     check_packages(parser)
     settings = list(itertools.product(config.scales, config.goal))
-    file, *pictures = (
-        config.out / "results.json",
-        *(config.out / f"{as_name(setting)}.png" for setting in settings),
-    )
-    check_output(parser, [file, *pictures], config.overwrite)
-    results = train_all(parser, config)
-    rows = {setting: compare(each) for setting, each in results.items()}
-    findings = {
-        setting: list(in_words(rows[setting], results[setting], config.seeds))
-        for setting in settings
-    }
+    pictures = [config.out / f"{as_name(setting)}.png" for setting in settings]
+    files = [config.out / "results.json", *pictures]
+    check_output(parser, files, config.overwrite)
+    results = train_all(parser, config, settings)
     console = Console(highlight=False)
     console.width = max(console.width, 100)
-    for setting in settings:
-        console.print(f"\n{describe(setting)}", style="bold")
-        console.print(make_table(rows[setting], results[setting]))
-        console.print(*findings[setting], sep="\n", soft_wrap=True)
+    reports = [report_setting(console, each, results[each], config) for each in settings]
     console.print(f"\n{LEGEND}", soft_wrap=True)
-    text = as_json(
-        config,
-        settings=[
-            {
-                "scale": setting[0],
-                "goal": setting[1],
-                "baseline": baseline_of(results[setting]),
-                "rows": rows[setting],
-                "findings": findings[setting],
-                "runs": results[setting],
-            }
-            for setting in settings
-        ],
-    )
-    drawn = [as_png(make_figure(results[each], each, config)) for each in settings]
-    write(dict(zip((file, *pictures), (text, *drawn), strict=True)))
-    console.print(f"Written: {', '.join(str(each) for each in (file, *pictures))}", soft_wrap=True)
+    told, drawn = zip(*reports, strict=True)
+    write(dict(zip(files, (as_json(config, settings=told), *drawn), strict=True)))
+    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

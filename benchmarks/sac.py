@@ -139,7 +139,8 @@ def make_agent(
         target=jax.tree.map(jnp.copy, critic_params),
         temperature=TrainState.create(
             apply_fn=jnp.exp,
-            params={"logarithms": jnp.full(num_tasks, jnp.log(temperature))},
+            # Not of a weak type, which training would change: all would be compiled twice.
+            params={"logarithms": jnp.log(jnp.full(num_tasks, temperature, float))},
             tx=temperature_optimiser,
         ),
     )

@@ -1,6 +1,8 @@
 """The benchmark of nine goals: the choice of a method by its number, and a tiny run of it all."""
 
+import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +111,7 @@ def test_full_sets_other_defaults_only():
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     goal_sac.make_reacher.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "gymnax", None)
+    monkeypatch.setitem(sys.modules, "gymnax", None)
     with pytest.raises(SystemExit) as raised:
         goal_sac.main(["--out", str(tmp_path)])
     goal_sac.make_reacher.cache_clear()
@@ -132,6 +134,20 @@ def tiny(monkeypatch):
     goal_sac.make_program.cache_clear()
     yield
     goal_sac.make_program.cache_clear()
+
+
+def test_training_changes_no_type(tiny):
+    """Of any array: else the program would be compiled a second time."""
+    names, tasks = ("sum", "aligned_mtl"), jnp.arange(9)
+    lane = goal_sac.Lane(jnp.asarray(0), jnp.asarray(1), tasks, jnp.ones(9))
+    options = {"names": names, "goal": "hidden", "width": 4, "capacity": 16}
+    before = jax.eval_shape(functools.partial(goal_sac.start, **options), lane)
+    train = functools.partial(goal_sac.train_stretch, goal="hidden")
+    after, _ = jax.eval_shape(train, before, lane, jnp.arange(3, 5))
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.weak_type == other.weak_type
 
 
 def test_a_run_from_the_command_line_is_resumed(tiny, tmp_path, capsys, monkeypatch):
