@@ -269,6 +269,12 @@ class Tasks:
         """A factory's argument with one entry per task, as (T,) numbers in the rows' order."""
         return checks.per_task(name, value, self.num_tasks, self._names).astype(self.dtype)
 
+    def spread(self, name: str, value: float | PerTask) -> jax.Array:
+        """The same of an argument that may also be one number for all tasks."""
+        if not checks.is_tree(value) and jnp.ndim(value) == 0:
+            return jnp.full(self.num_tasks, value, self.dtype)
+        return self.read(name, value)
+
     def preference(self, value: PerTask | None) -> jax.Array:
         """(T,) the preference of the tasks that take part: 1/T each unless the user chose one."""
         if value is None:

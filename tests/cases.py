@@ -268,6 +268,12 @@ FROM_THE_GRAMIAN = {
         non_conflicting=True,
         linear_under_scaling=True,
     ),
+    "conflict_free_harmonic": Case(
+        make=lambda num_tasks: surgery.conflict_free(length="harmonic"),
+        rule=lambda jacobian, losses: papers.conflict_free(jacobian, length="harmonic"),
+        tolerance=1e-4,
+        non_conflicting=True,
+    ),
     "conflict_free_preference": Case(
         make=lambda num_tasks: surgery.conflict_free(ramp(num_tasks)),
         rule=lambda jacobian, losses: papers.conflict_free(jacobian, ramp(len(jacobian))),

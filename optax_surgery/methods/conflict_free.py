@@ -1,18 +1,26 @@
 """ConFIG: the direction with chosen, positive cosines to all task gradients."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from optax_surgery import checks, core
 from optax_surgery.algebra import linear
+from optax_surgery.algebra.arithmetic import or_one
+
+Length = Literal["projections", "minimum", "harmonic", "geometric", "arithmetic"]
 
 
-def conflict_free_weights(gramian: jax.Array, preference: jax.Array) -> jax.Array:
+def conflict_free_weights(
+    gramian: jax.Array, preference: jax.Array, length: Length = "projections"
+) -> jax.Array:
     """ConFIG's weights.
 
     Args:
       gramian: (T, T) inner products; rows of absent tasks are zero.
       preference: (T,) products with the unit gradients, up to a common factor.
+      length: what stands for the norm of each gradient in the length of the update.
 
     Returns:
       (T,) weights, possibly negative.
@@ -21,11 +29,32 @@ def conflict_free_weights(gramian: jax.Array, preference: jax.Array) -> jax.Arra
     products = jnp.matmul(gramian, direction, precision=jax.lax.Precision.HIGHEST)
     squared_length = direction @ products
     safe = jnp.where(squared_length > 0, squared_length, 1)
-    return jnp.where(squared_length > 0, direction * (jnp.sum(products) / safe), 0)
+    if length == "projections":
+        total = jnp.sum(products)
+    else:
+        squared_norms = jnp.diagonal(gramian)
+        norms = jnp.sqrt(jnp.where(squared_norms > 0, squared_norms, 1))
+        present = squared_norms > 0
+        total = typical_norm(norms, present, length) * jnp.sum(products / norms)
+    return jnp.where(squared_length > 0, direction * (total / safe), 0)
+
+
+def typical_norm(norms: jax.Array, present: jax.Array, length: Length) -> jax.Array:
+    """The least norm of the gradients that are not zero, or a mean of them."""
+    if length == "minimum":
+        return jnp.min(norms, where=present, initial=jnp.inf)
+    count = or_one(jnp.sum(present).astype(norms.dtype))
+
+    def mean(numbers):
+        return jnp.sum(numbers, where=present) / count
+
+    if length == "harmonic":
+        return 1 / or_one(mean(1 / norms))
+    return jnp.exp(mean(jnp.log(norms))) if length == "geometric" else mean(norms)
 
 
 def conflict_free(
-    preference: core.PerTask | None = None,
+    preference: core.PerTask | None = None, length: Length = "projections"
 ) -> core.Surgery:
     r"""ConFIG: the direction with chosen, positive cosines to all task gradients.
 
@@ -40,11 +69,14 @@ def conflict_free(
     Args:
       preference: products of u with the unit gradients, the paper's weights, (T,) or a tree of
         numbers, each above 0; equal by default.
+      length: of the update, one of "projections" (the rule above), and of "minimum", "harmonic",
+        "geometric" and "arithmetic" (:math:`\|d\| = m \sum_i \cos(g_i, d)` with the least norm of
+        the gradients, or that mean of their norms, for m).
 
     Returns:
       A `Surgery` from leaves (T, *shape) to leaves (*shape).
       The update has the length of the summed gradient's projections on it, so the scale of a
-      sum.
+      sum; with "minimum" and "harmonic" a long gradient does not lengthen it much.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `preference`
@@ -69,9 +101,14 @@ def conflict_free(
       Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
       <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, Equation 2.
     """
-    name = checks.arguments(conflict_free, locals(), preference="per task (0, inf)")
+    name = checks.arguments(
+        conflict_free,
+        locals(),
+        preference="per task (0, inf)",
+        length=("projections", "minimum", "harmonic", "geometric", "arithmetic"),
+    )
 
     def update(tasks, state):
-        return conflict_free_weights(tasks.gramian, tasks.preference(preference)), state
+        return conflict_free_weights(tasks.gramian, tasks.preference(preference), length), state
 
     return core.gradient_surgery(core.Weighting(tuple, update), name=name)

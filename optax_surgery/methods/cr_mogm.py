@@ -22,7 +22,12 @@ class CRMOGMState(NamedTuple):
     inner_state: Any
 
 
-def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Surgery:
+def cr_mogm(
+    inner: core.Surgery,
+    num_tasks: int,
+    decay: float = 0.9,
+    initial_weights: core.PerTask | None = None,
+) -> core.Surgery:
     r"""CR-MOGM: weights the task gradients by averages of the weights of another method.
 
     .. math:: \lambda_k = \alpha \lambda_{k-1} + (1 - \alpha) \hat\lambda_k
@@ -36,6 +41,8 @@ def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Sur
       num_tasks: number of tasks T, at least 1.
       decay: alpha in the paper, in [0, 1]. The paper lets it fall with the learning rate; use
         `optax.inject_hyperparams` for a schedule.
+      initial_weights: what the averages begin with, (T,) or a tree of numbers, each any number, in
+        the scale of the inner method's; its weights of the first step by default.
 
     Returns:
       A `Surgery` from leaves (T, *shape) to leaves (*shape).
@@ -64,7 +71,12 @@ def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Sur
       Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, Algorithm 1.
     """
     name = checks.arguments(
-        cr_mogm, locals(), inner=core.Surgery, num_tasks="int [1, inf)", decay="[0, 1]"
+        cr_mogm,
+        locals(),
+        inner=core.Surgery,
+        num_tasks="int [1, inf)",
+        decay="[0, 1]",
+        initial_weights="per task (-inf, inf)",
     )
 
     def init():
@@ -77,9 +89,11 @@ def cr_mogm(inner: core.Surgery, num_tasks: int, decay: float = 0.9) -> core.Sur
     def update(tasks, state):
         weights, inner_state = core.weights_of(inner, tasks, state.inner_state)
         weights = weights.astype(state.mean_weights.dtype)
-        rate = jnp.asarray(decay, weights.dtype)
-        averages = rate * state.mean_weights + (1 - rate) * weights
-        averages = jnp.where(state.seen, averages, weights)
+        rate, before = jnp.asarray(decay, weights.dtype), weights
+        if initial_weights is not None:
+            before = tasks.read("initial_weights", initial_weights).astype(weights.dtype)
+        before = jnp.where(state.seen, state.mean_weights, before)
+        averages = rate * before + (1 - rate) * weights
         averages = jnp.where(tasks.task_mask, averages, state.mean_weights)
         return averages, CRMOGMState(averages, state.seen | tasks.task_mask, inner_state)
 

@@ -79,10 +79,7 @@ def graddrop(leak: float | core.PerTask = 0.0, *, key: jax.Array | int = 0) -> c
     name = checks.arguments(graddrop, locals(), leak="per task [0, 1]")
 
     def update(tasks, task_updates, state):
-        if not checks.is_tree(leak) and jnp.ndim(leak) == 0:
-            leaks = jnp.full(tasks.num_tasks, leak, tasks.dtype)
-        else:
-            leaks = tasks.read("leak", leak)
+        leaks = tasks.spread("leak", leak)
 
         def rule(rows, key):
             draws = jax.random.uniform(key, rows.shape[1:], jnp.float32)

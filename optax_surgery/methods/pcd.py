@@ -27,7 +27,7 @@ def pcd_weights(
     gramian: jax.Array,
     inverse_scales: jax.Array,
     primary: int,
-    margin: jax.Array | float,
+    margin: jax.Array,
     task_mask: jax.Array,
 ) -> tuple[jax.Array, solvers.Solution]:
     """PCD's weights.
@@ -36,7 +36,7 @@ def pcd_weights(
       gramian: (T, T) inner products; rows of absent tasks are zero.
       inverse_scales: (T,) what each gradient is multiplied by.
       primary: index of the primary task.
-      margin: share of its own progress that each other task is to make.
+      margin: (T,) share of its own progress that each other task is to make.
       task_mask: (T,) bool, the tasks that are there.
 
     Returns:
@@ -64,7 +64,7 @@ def pcd_weights(
 def pcd(
     primary: int,
     num_tasks: int,
-    margin: float = 0.02,
+    margin: float | core.PerTask = 0.02,
     decay: float = 0.999,
     epsilon: float = 1e-8,
 ) -> core.Surgery:
@@ -82,7 +82,8 @@ def pcd(
     Args:
       primary: index of the primary task, in [0, num_tasks).
       num_tasks: number of tasks T, at least 1.
-      margin: tau in the paper, in [0, 1].
+      margin: tau in the paper, in [0, 1]: one number for all tasks, or one for each, (T,) or a tree
+        of numbers, of which the primary task's is not looked at.
       decay: beta in the paper, in [0, 1).
       epsilon: epsilon in the paper, at least 0, in the unit of a squared gradient.
 
@@ -119,7 +120,7 @@ def pcd(
         locals(),
         primary="int [0, num_tasks)",
         num_tasks="int [1, inf)",
-        margin="[0, 1]",
+        margin="per task [0, 1]",
         decay="[0, 1)",
         epsilon="[0, inf)",
     )
@@ -145,7 +146,7 @@ def pcd(
             tasks.gramian,
             inverse_scales.astype(tasks.dtype),
             primary,
-            jnp.asarray(margin, tasks.dtype),
+            tasks.spread("margin", margin),
             tasks.task_mask,
         )
         return weights, PCDState(mean_squares, num_seen, solution.report())

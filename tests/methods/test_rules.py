@@ -1,10 +1,13 @@
 """Each method equals its paper's rule, stated in float64 numpy, on a hundred Jacobians and more."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optax_surgery as surgery
 from tests.cases import CASES, losses_of
+from tests.papers import gramian as papers
 
 deterministic = pytest.mark.parametrize(
     "case",
@@ -66,3 +69,37 @@ def test_equals_the_papers_rule_in_float32(case, num_tasks):
     norms = np.exp(generator.normal(size=(50, num_tasks, 1)))
     rows = generator.normal(size=(50, num_tasks, 6)) * norms
     assert errors(case, rows.astype("f4")).max() < case.tolerance
+
+
+@pytest.mark.parametrize(
+    "length", ["projections", "minimum", "harmonic", "geometric", "arithmetic"]
+)
+def test_the_length_of_conflict_free_is_chosen(length):
+    jacobian = np.random.default_rng(0).normal(size=(3, 8)) * np.array([[1.0], [100.0], [0.01]])
+    tx = surgery.conflict_free(length=length)
+    updates, _ = tx.update(jnp.asarray(jacobian, "f4"), tx.init(jnp.zeros(8)))
+    expected = papers.conflict_free(jacobian, length=length)
+    np.testing.assert_allclose(updates, expected, atol=1e-4 * np.linalg.norm(expected))
+    zeros = tx.update(jnp.zeros((3, 8)), tx.init(jnp.zeros(8)))[0]
+    np.testing.assert_array_equal(zeros, 0)
+
+
+def test_every_task_has_a_margin_of_its_own():
+    jacobian, margins = np.random.default_rng(2).normal(size=(4, 9)), np.array([0.0, 0.4, 0.0, 0.9])
+    update = {}
+    for name, margin in {"array": margins, "dict": dict(zip("abcd", margins, strict=True))}.items():
+        tx = surgery.pcd(primary=2, num_tasks=4, margin=margin, epsilon=0.0)
+        update[name], state = tx.update(jnp.asarray(jacobian, "f4"), tx.init(jnp.zeros(9)))
+        assert state.weighting_state.report.converged
+    expected = papers.pcd(jacobian, 2, margins, np.linalg.norm(jacobian, axis=1))
+    np.testing.assert_allclose(update["array"], expected, atol=1e-4 * np.linalg.norm(expected))
+    np.testing.assert_array_equal(update["array"], update["dict"])
+
+
+def test_averages_begin_with_chosen_weights():
+    tx = surgery.cr_mogm(surgery.mean(), 2, decay=0.75, initial_weights=np.array([1.5, -0.5]))
+    state, rows = tx.init(jnp.zeros(2)), jnp.eye(2)
+    for step in range(1, 4):
+        weights, state = tx.update(rows, state)
+        share = 0.75**step
+        np.testing.assert_allclose(weights, [0.5 + share, 0.5 - share], rtol=1e-6)

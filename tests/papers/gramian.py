@@ -65,15 +65,23 @@ def imtl_g(jacobian):
     return direction / weights.sum()
 
 
-def conflict_free(jacobian, preference=None):
-    """Equation 2 of Liu et al. 2024: u = U^+ p, and the sum of the projections on it."""
+def conflict_free(jacobian, preference=None, length="projections"):
+    """Equation 2 of Liu et al. 2024: u = U^+ p; the length rules are those of their library."""
     preference = np.ones(len(jacobian)) if preference is None else preference
     units = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
     direction = np.linalg.pinv(units, rcond=1e-6) @ preference
     if np.linalg.norm(direction) < 1e-6:  # opposite gradients
         return np.zeros(jacobian.shape[1])
     direction /= np.linalg.norm(direction)
-    return (jacobian @ direction).sum() * direction
+    norms = np.linalg.norm(jacobian, axis=1)
+    means = {
+        "projections": norms,
+        "minimum": norms.min(),
+        "harmonic": 1 / np.mean(1 / norms),
+        "geometric": np.exp(np.mean(np.log(norms))),
+        "arithmetic": norms.mean(),
+    }
+    return (means[length] * (units @ direction)).sum() * direction
 
 
 def gradops(jacobian, preference=None):
@@ -254,7 +262,8 @@ def pcd(jacobian, primary, margin, scales):
     others = [i for i in range(len(jacobian)) if i != primary]
     norms = np.linalg.norm(scaled[others], axis=1)
     rows = scaled[others] / norms[:, None]
-    bounds = margin * norms - rows @ scaled[primary]
+    margins = np.broadcast_to(margin, len(jacobian))[others]
+    bounds = margins * norms - rows @ scaled[primary]
     size = max(np.abs(bounds).max(initial=0), 1e-300)
     system = np.concatenate([rows.T, bounds[None, :] / size])
     target = np.zeros(len(system))
