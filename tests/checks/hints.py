@@ -42,6 +42,7 @@ OBJECTS = {
     "losses": LOSSES,
     "losses_fn": losses_fn,
     "lower_bounds": np.zeros(3),
+    "initial_weights": np.zeros(3),
     "max_norm": 1.0,
     "new_state": TX.init(PARAMS),
     "num_tasks": 3,
