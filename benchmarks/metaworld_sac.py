@@ -140,7 +140,7 @@ class Programs(NamedTuple):
     """What a method runs: all compiled, the same for all seeds."""
 
     init: Any  # key -> agent
-    act: Any  # agent, observations (T, size), key -> random actions (T, actions)
+    act: Any  # agent, observations (T, size), key, number -> random actions (T, actions)
     act_greedily: Any  # agent, observations (T, size) -> actions (T, actions)
     update: Any  # agent, batches (UPDATES, T, samples), key -> agent, what was seen
 
@@ -235,11 +235,11 @@ def make_programs(config, method, size, num_tasks):
 
         return jax.vmap(one)(jax.random.split(key, num_tasks)) if alone else one(key)
 
-    def act(agent, observations, key):
+    def act(agent, observations, key, number):
         def one(params, *each):
             return sac.act(actor.apply, params, *each)[0]
 
-        keys = jax.random.split(key, num_tasks)
+        keys = jax.random.split(jax.random.fold_in(key, number), num_tasks)
         return jax.vmap(one, (of_agents, 0, 0, 0))(agent.actor.params, observations, tasks, keys)
 
     def act_greedily(agent, observations):
@@ -271,10 +271,9 @@ class Buffer:
     """
 
     def __init__(self, num_tasks, capacity, size):
-        shapes = sac.Transitions((size,), (metaworld_tasks.NUM_ACTIONS,), (), (size,), ())
-        self.arrays = sac.Transitions(
-            *(np.zeros((num_tasks, capacity, *shape), np.float32) for shape in shapes)
-        )
+        shapes = (size,), (metaworld_tasks.NUM_ACTIONS,), (), (size,), ()
+        arrays: list[Any] = [np.zeros((num_tasks, capacity, *each), np.float32) for each in shapes]
+        self.arrays = sac.Transitions(*arrays)
         self.added = 0
 
     @property
@@ -353,7 +352,7 @@ class Checkpoints:
         step, args = self.manager.latest_step(), self.orbax.args
         if step is None:
             return 0, agent, []
-        about = self.manager.restore(step, args=args.Composite(about=args.JsonRestore())).about
+        about = self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
         for part, expected in self.stamp.items():
             if about.get(part) != expected:
                 what = sweep.difference(about, part, expected)
@@ -362,10 +361,11 @@ class Checkpoints:
                     "another --out, or --overwrite"
                 )
         found = self.manager.restore(step, args=args.Composite(arrays=args.StandardRestore()))
+        arrays = found["arrays"]
         buffer.added = about["added"]
-        for name, each in found.arrays["buffer"].items():
+        for name, each in arrays["buffer"].items():
             getattr(buffer.arrays, name)[:, : each.shape[1]] = each
-        return step, with_arrays(agent, found.arrays["agent"]), about["history"]
+        return step, with_arrays(agent, arrays["agent"]), about["history"]
 
 
 # --- One run
@@ -388,7 +388,7 @@ def at_random(rng, _, observations):
 
 
 def choose_actions(programs, agent, key, number, observations):
-    return programs.act(agent, observations, jax.random.fold_in(key, number))
+    return programs.act(agent, observations, key, number)
 
 
 def collect(environments, observations, buffer, choose):
@@ -412,47 +412,68 @@ def train(parser, config, run, names, programs, environments, evaluate, told):
 
     `told` is called with the steps since the last call, and a line or None.
     """
-    began, key = time.perf_counter(), jax.random.key(run.seed)
     buffer = Buffer(len(names), min(config.buffer, config.steps), environments.size)
     folder = config.out / "checkpoints" / run.name
     if config.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoints = Checkpoints(folder, config)
-    start, agent, history = checkpoints.restore(parser, programs.init(key), buffer)
-    log = config.out / "metrics" / f"{run.name}.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(line) + "\n" for line in history))
-    told(start, f"{run}: goes on at step {start}" if start else None)
-    observations, seen = environments.reset(), []
+    agent = programs.init(jax.random.key(run.seed))
+    start, agent, history = checkpoints.restore(parser, agent, buffer)
+    began = time.perf_counter() - (history[-1]["seconds"] if history else 0)
+    log = Log(config.out / "metrics" / f"{run.name}.jsonl", history)
+    told(start, f"{run}: goes on at step {start:,}" if start else None)
+    observations, seen, solved = environments.reset(), [], None
     for step in range(start, config.steps, UPDATES):
-        # From the step, so that there is no random state to keep.
-        rng, step_key = np.random.default_rng([run.seed, step]), jax.random.fold_in(key, step)
-        learning = step >= config.random_steps
-        choose = functools.partial(at_random, rng)
-        if learning:
-            choose = functools.partial(choose_actions, programs, agent, step_key)
-        observations = collect(environments, observations, buffer, choose)
-        if learning:
-            batches = buffer.sample(rng, UPDATES, config.samples)
-            agent, new = programs.update(agent, batches, jax.random.fold_in(step_key, UPDATES))
-            seen.append(jax.device_get(new))
-            check_finite(run, step, names, seen[-1])
+        observations, agent, new = advance(
+            config, run, programs, environments, buffer, observations, agent, step
+        )
+        if new is not None:
+            check_finite(run, step, names, new)
+            seen.append(new)
         told(UPDATES, None)
         done = step + UPDATES
-        if done % config.evaluate_every == 0 and done < config.steps:
-            solved = evaluate(functools.partial(programs.act_greedily, agent), config.episodes)
-            history.append(describe(done, solved, seen, time.perf_counter() - began))
-            with log.open("a") as file:
-                file.write(json.dumps(history[-1]) + "\n")
-            checkpoints.save(done, agent, buffer, history)
-            told(0, f"{run}: step {done:,}, success {in_short(names, solved)}")
-            seen = []
-    solved = evaluate(functools.partial(programs.act_greedily, agent), config.last_episodes)
-    history.append(describe(config.steps, solved, seen, time.perf_counter() - began))
-    with log.open("a") as file:
-        file.write(json.dumps(history[-1]) + "\n")
-    told(0, f"{run}: at the end, success {in_short(names, solved)}")
-    return {"history": history, "solved": solved}
+        if done % config.evaluate_every and done < config.steps:
+            continue
+        episodes = config.episodes if done < config.steps else config.last_episodes
+        solved = evaluate(functools.partial(programs.act_greedily, agent), episodes)
+        log.add(describe(done, solved, seen, time.perf_counter() - began))
+        told(0, f"{run}: step {done:,}, success {in_short(names, solved)}")
+        seen = []
+        if done < config.steps:
+            checkpoints.save(done, agent, buffer, log.lines)
+    return {"history": log.lines, "solved": solved}
+
+
+def advance(config, run, programs, environments, buffer, observations, agent, step):
+    """UPDATES steps of the environments and, but at first, as many updates.
+
+    Returns the observations, the agent, and what was seen of the updates or None.
+    """
+    # From the step, so that there is no random state to keep.
+    rng = np.random.default_rng([run.seed, step])
+    key = jax.random.fold_in(jax.random.key(run.seed), step)
+    if step < config.random_steps:
+        choose = functools.partial(at_random, rng)
+        return collect(environments, observations, buffer, choose), agent, None
+    choose = functools.partial(choose_actions, programs, agent, key)
+    observations = collect(environments, observations, buffer, choose)
+    batches = buffer.sample(rng, UPDATES, config.samples)
+    agent, seen = programs.update(agent, batches, jax.random.fold_in(key, UPDATES))
+    return observations, agent, jax.device_get(seen)
+
+
+class Log:
+    """Lines of JSON, written as they come."""
+
+    def __init__(self, path, lines):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.path, self.lines = path, list(lines)
+
+    def add(self, line):
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def describe(step, solved, seen, seconds):
@@ -470,46 +491,59 @@ def in_short(names, solved):
 # --- What an update costs
 
 
+def clock():
+    """Seconds, and what to call them: those of all cores on a CPU, where others may work too."""
+    if jax.default_backend() == "cpu":
+        return time.process_time(), "core "
+    return time.perf_counter(), ""
+
+
 def time_updates(config, names, environments, say):
     """Joint and pcgrad in turn, on real transitions with random actions, at true size."""
     rng = np.random.default_rng(0)
-    buffer = Buffer(len(names), metaworld_tasks.EPISODE, environments.size)
-    observations, began = environments.reset(), time.perf_counter()
-    for _ in range(metaworld_tasks.EPISODE // UPDATES):
-        observations = collect(
-            environments, observations, buffer, functools.partial(at_random, rng)
-        )
-    collected = len(names) * metaworld_tasks.EPISODE / (time.perf_counter() - began)
-    say(f"collected {metaworld_tasks.EPISODE} steps a task: {collected:,.0f} steps per second")
-    compiled, agents, found = {}, {}, {}
-    batches = jax.device_put(buffer.sample(rng, UPDATES, config.samples))
+    buffer, collected = filled_buffer(names, environments, rng)
+    say(f"collected an episode a task: {collected:,.0f} steps per {clock()[1]}second")
+    updates, agents, found = {}, {}, {}
+    batches = buffer.sample(rng, UPDATES, config.samples)
     for method in ("joint", "pcgrad"):
         programs = make_programs(config, method, environments.size, len(names))
         agents[method] = programs.init(jax.random.key(0))
-        compiled[method] = programs.update.lower(
-            agents[method], batches, jax.random.key(0)
-        ).compile()
-        found[method] = {"milliseconds": []}
-        memory = compiled[method].memory_analysis()
-        found[method]["temporaries"] = getattr(memory, "temp_size_in_bytes", None)
+        lowered = programs.update.lower(agents[method], batches, jax.random.key(0))
+        updates[method] = lowered.compile()
+        memory = updates[method].memory_analysis()
+        found[method] = {
+            "milliseconds": [],
+            "temporaries": getattr(memory, "temp_size_in_bytes", None),
+        }
         say(f"compiled {method}")
     # The first round is not counted.
     for number in range(1 + -(-config.time_updates // UPDATES)):
         batches = jax.device_put(buffer.sample(rng, UPDATES, config.samples))
-        for method, update in compiled.items():
+        for method, update in updates.items():
             jax.block_until_ready(batches)
-            began = time.perf_counter()
-            agents[method], _ = jax.block_until_ready(
-                update(agents[method], batches, jax.random.key(number))
-            )
+            began, _ = clock()
+            agents[method], _ = update(agents[method], batches, jax.random.key(number))
+            jax.block_until_ready(agents[method])
             if number:
-                taken = 1000 * (time.perf_counter() - began) / UPDATES
+                taken = 1000 * (clock()[0] - began) / UPDATES
                 found[method]["milliseconds"].append(taken)
-        say(f"{UPDATES * number} updates timed")
+        if number % 5 == 0:
+            say(f"{UPDATES * number} updates timed")
     return {"methods": found, "environment_steps_per_second": collected}
 
 
+def filled_buffer(names, environments, rng):
+    """An episode of each task with random actions, and the steps per second of all tasks."""
+    buffer = Buffer(len(names), metaworld_tasks.EPISODE, environments.size)
+    observations, (began, _) = environments.reset(), clock()
+    choose = functools.partial(at_random, rng)
+    for _ in range(metaworld_tasks.EPISODE // UPDATES):
+        observations = collect(environments, observations, buffer, choose)
+    return buffer, len(names) * metaworld_tasks.EPISODE / (clock()[0] - began)
+
+
 def in_words_of_time(times, num_tasks):
+    _, unit = clock()
     median = {
         method: float(np.median(each["milliseconds"])) for method, each in times["methods"].items()
     }
@@ -518,7 +552,7 @@ def in_words_of_time(times, num_tasks):
         temporaries = each["temporaries"]
         memory = "unknown" if temporaries is None else f"{temporaries / 2**20:,.0f} MiB"
         yield (
-            f"{method}: {median[method]:.2f} ms per update (median; quartiles {low:.2f} and "
+            f"{method}: {median[method]:.2f} {unit}ms per update (median; quartiles {low:.2f} and "
             f"{high:.2f}), temporaries {memory}."
         )
     yield f"pcgrad over joint: {median['pcgrad'] / median['joint']:.2f}."
@@ -526,8 +560,8 @@ def in_words_of_time(times, num_tasks):
     for method, milliseconds in median.items():
         updates = PUBLISHED_STEPS / num_tasks * milliseconds / 3.6e6
         yield (
-            f"{PUBLISHED_STEPS:,} environment steps here, {method}: {updates:.1f} hours of updates "
-            f"and {PUBLISHED_STEPS / rate / 3600:.1f} hours of environments, without evaluation."
+            f"{PUBLISHED_STEPS:,} environment steps here, {method}: {updates:.1f} {unit}hours of "
+            f"updates and {PUBLISHED_STEPS / rate / 3600:.1f} of environments, without evaluation."
         )
 
 
@@ -669,7 +703,8 @@ def make_figure(rows, results, names, config):
     columns = 3 if len(names) <= 3 else 5
     lines = 1 + -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained", dpi=110)
-    top, below = figure.subfigures(2, 1, height_ratios=(1.15, lines - 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, lines - 1))
+    top, below = halves
     success, critic, actor = top.subplots(1, 3)
     panels = below.subplots(lines - 1, columns, squeeze=False, sharex=True, sharey=True).ravel()
     steps = [line["step"] for line in next(iter(results.values()))["history"]]
@@ -782,6 +817,7 @@ def report_time(config, names, files):
     times = time_updates(config, names, environments, terminal.print)
     findings = list(in_words_of_time(times, len(names)))
     console.print(*findings, sep="\n", soft_wrap=True)
+    times["clock"] = f"{clock()[1]}time"
     write({files[0]: as_json(config, tasks=list(names), times=times, findings=findings)})
     console.print(f"\nWritten: {files[0]}")
 

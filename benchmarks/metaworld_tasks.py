@@ -13,7 +13,7 @@ The packages are imported when they are needed: `pip install -e ".[rl]"`.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -141,7 +141,7 @@ class MetaWorldTask:
     """One task of metaworld, which chooses one of its 50 goals at every reset."""
 
     def __init__(self, name: str, seed: int, rewards: str = "v2"):
-        self.environment = make_environments([name], seed, rewards, "random").envs[0]
+        self.environment = make_environments([name], seed, rewards, "random")[0]
 
     def reset(self):
         return self.environment.reset()[0]
@@ -188,25 +188,25 @@ class Tasks:
             seen, rewards, solved = zip(*(task.receive() for task in self.tasks), strict=True)
         except (OSError, EOFError, RuntimeError) as error:
             raise DeadEnvironmentError(f"{type(error).__name__}: {error}") from error
-        before, after = self.observation, with_one_hot(np.stack(seen))
-        transitions = Transitions(
-            observation=before,
-            action=np.asarray(actions, np.float32),
-            reward=np.array(rewards, np.float32),
-            next_observation=after,
+        after = with_one_hot(np.stack(seen))
+        arrays: dict[str, Any] = {
+            "observation": self.observation,
+            "action": np.asarray(actions, np.float32),
+            "reward": np.array(rewards, np.float32),
+            "next_observation": after,
             # A time limit ends no task: what would have come next has its value all the same.
-            continues=np.ones(len(self.tasks), np.float32),
-        )
+            "continues": np.ones(len(self.tasks), np.float32),
+        }
         self.observation, self.steps = after, self.steps + 1
         if self.steps == EPISODE:
             self.reset()
-        return transitions, self.observation, np.array(solved) > 0
+        return Transitions(**arrays), self.observation, np.array(solved) > 0
 
 
 def make_environments(
     names: Sequence[str], seed: int, rewards: str, goals: str, max_steps: int = EPISODE
-):
-    """Metaworld's vector environment of the tasks, goals observed, without one-hot.
+) -> list[Any]:
+    """Metaworld's environments of the tasks, goals observed, without one-hot.
 
     Args:
       names: of the tasks.
@@ -218,7 +218,7 @@ def make_environments(
     import_metaworld()
     import gymnasium
 
-    return gymnasium.make_vec(
+    made: Any = gymnasium.make_vec(
         "Meta-World/custom-mt-envs",
         vector_strategy="sync",
         envs_list=list(names),
@@ -227,13 +227,14 @@ def make_environments(
         task_select=goals,
         max_episode_steps=max_steps,
     )
+    return made.envs
 
 
 class Evaluation:
     """Episodes on metaworld that end at success, over all 50 goals of each task in turn."""
 
     def __init__(self, names: Sequence[str], seed: int, max_steps: int = EPISODE):
-        self.environments = make_environments(names, seed, "v2", "pseudorandom", max_steps).envs
+        self.environments = make_environments(names, seed, "v2", "pseudorandom", max_steps)
         for environment in self.environments:
             environment.get_wrapper_attr("toggle_terminate_on_success")(True)
 
