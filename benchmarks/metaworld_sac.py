@@ -606,13 +606,13 @@ def compare(rows):
 
 def make_table(rows, names, baseline, tests, config):
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    headings = ["method", "success at the end\ninterquartile mean", "mean ± 95%"]
+    headings = ["method", "at the end,\ninterquartile\nmean", "mean ± 95%"]
     headings += [f"against\n{baseline}"] if baseline else []
     headings += ["best mean\nover training", "minutes\na run"]
     # With 50 tasks they are in the file.
     shown = names if len(names) <= 10 else ()
     for heading in (*headings, *(name.removesuffix("-v3").replace("-", "\n") for name in shown)):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for method, row in rows.items():
         cells = [
             f"{row['interquartile_mean']:.3f}",
@@ -790,7 +790,7 @@ def report(config, names, results, files):
     baseline, tests = compare(rows)
     findings = list(in_words(rows, results, names, baseline, tests, config))
     console = Console(highlight=False)
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 150)
     console.print(make_table(rows, names, baseline, tests, config))
     console.print(legend(config), *findings, sep="\n", soft_wrap=True)
     picture = io.BytesIO()
