@@ -454,13 +454,11 @@ def agreement(results):
 
 def in_words(names, board, results, config):
     tests = {m: row["against_mean"] for m, row in board.items() if row["against_mean"]}
-    differ = {method: test for method, test in tests.items() if test["differs"]}
-    if differ:
-        for word, sign in (("better", 1), ("worse", -1)):
-            some = [method for method, test in differ.items() if sign * test["mean"] > 0]
-            yield f"Against mean, {word}: {', '.join(some) or 'none'}."
-    else:
-        yield f"No difference: against mean, {', '.join(tests)} are neither better nor worse."
+    for word, sign in (("better", 1), ("worse", -1)):
+        some = [m for m, test in tests.items() if test["differs"] and sign * test["mean"] > 0]
+        yield f"Against mean, {word}: {', '.join(some) or 'none'}."
+    same = [method for method, test in tests.items() if not test["differs"]]
+    yield f"No difference from mean is found for: {', '.join(same) or 'none'}."
     reach = max(test["interval_95"] for test in tests.values())
     yield (
         f"With {config.seeds} seeds the 95% intervals of these differences reach up to {reach:.2f} "
@@ -484,6 +482,14 @@ def in_words(names, board, results, config):
         )
     if same[:, -1].mean() < same[:, 0].mean() / 2:
         yield "The latter falls to less than half: late gradients are mostly the noise of a batch."
+    training, rollouts = (
+        sum(result["seconds"][part] for result in results.values()) / 60
+        for part in ("training", "rollouts")
+    )
+    yield (
+        f"Training took {training:.1f} minutes and rollouts {rollouts:.1f}; of a processor both "
+        f"took {sum(result['cpu_seconds'] for result in results.values()) / 60:.1f}."
+    )
 
 
 # --- The picture
@@ -610,7 +616,6 @@ def main(argv=None):
     config = dataclasses.replace(config, methods=chosen)
     files = config.out / "results.json", config.out / "metaworld_cloning.png"
     check_output(parser, files, config.overwrite)
-    began = time.perf_counter()
     try:
         names = metaworld_tasks.suite("mt10")
         results, expert = run_all(parser, config, names)
@@ -618,10 +623,10 @@ def main(argv=None):
         parser.error(f"{error}: {INSTALL}")
     except Failure as error:
         parser.error(str(error))
-    report(config, files, names, results, expert, time.perf_counter() - began)
+    report(config, files, names, results, expert)
 
 
-def report(config, files, names, results, expert, seconds):
+def report(config, files, names, results, expert):
     board = compare(results)
     findings = list(in_words(names, board, results, config))
     console = Console(highlight=False)
@@ -640,9 +645,7 @@ def report(config, files, names, results, expert, seconds):
         runs=[{"method": method, **result} for method, result in results.items()],
     )
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))
-    console.print(
-        f"\nThis call took {seconds / 60:.1f} minutes. Written: {files[0]} and {files[1]}"
-    )
+    console.print(f"\nWritten: {files[0]} and {files[1]}", soft_wrap=True)
 
 
 if __name__ == "__main__":

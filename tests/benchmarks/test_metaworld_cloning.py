@@ -151,11 +151,16 @@ def test_says_in_words_whether_a_method_differs(differs):
     steady = np.full((3, NUM_TASKS), 0.5) + np.array([0.0, 0.01, 0.02])[:, None]
     other = steady + (0.3 if differs else 0) + np.array([0.01, -0.01, 0.0])[:, None]
     cosines = np.tile(np.eye(NUM_TASKS), (3, 2, 1, 1))
-    results = {"single": {"success": other}, "mean": {"success": steady, "cosines": cosines}}
+    time = {"seconds": {"training": 60, "rollouts": 120}, "cpu_seconds": 90}
+    results = {
+        "single": {"success": other, **time},
+        "mean": {"success": steady, "cosines": cosines, **time},
+    }
     board = metaworld_cloning.compare(results)
     words = " ".join(metaworld_cloning.in_words(NAMES, board, results, Config(points=2)))
     assert ("Against mean, better: single." in words) == differs
-    assert ("No difference" in words) != differs
+    assert ("No difference from mean is found for: single." in words) != differs
+    assert "Training took 2.0 minutes and rollouts 4.0; of a processor both took 3.0." in words
     assert "below 0.7" in words
 
 
