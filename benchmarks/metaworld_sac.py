@@ -441,6 +441,7 @@ def train(parser, config, run, names, programs, environments, evaluate, told):
         seen = []
         if done < config.steps:
             checkpoints.save(done, agent, buffer, log.lines)
+    checkpoints.manager.close()
     return {"history": log.lines, "solved": solved}
 
 
