@@ -47,7 +47,7 @@ from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR
 from benchmarks.pinn_equations import EQUATIONS
 
-# The weightings of physics code, which has no other use here.
+# With the weightings of physics code.
 SURGERIES = {
     **methods.METHODS,
     "inverse_norms": surgery.inverse_norms,
@@ -82,7 +82,7 @@ class Config:
     losses: Annotated[
         str, "three: residual, boundary, initial; two: both conditions as one", ("three", "two")
     ] = "three"
-    steps: Annotated[int, "of training, a multiple of --points", 1] = 6000
+    steps: Annotated[int, "of training, a multiple of --points", 1] = 5000
     points: Annotated[int, "times to measure after the start", 2] = 20
     inside: Annotated[int, "points per step for the residual", 1] = 200
     boundary: Annotated[int, "points per step for the boundary condition", 1] = 50
@@ -91,10 +91,10 @@ class Config:
     depth: Annotated[int, "hidden layers", 1] = 4
     learning_rates: Annotated[
         tuple, "of Adam, which fall by a cosine to a tenth. The best in tuning is taken", 1e-9
-    ] = (1e-3, 3e-3, 1e-2)
+    ] = (3e-3, 1e-2, 3e-2)
     condition_weights: Annotated[
         tuple, "weights of the conditions that `linear` chooses from; the residual has 1", 1e-9
-    ] = (0.1, 1.0, 10.0, 100.0)
+    ] = (1.0, 10.0, 100.0)
     data_dir: Annotated[Path, "folder where computed solutions are kept", None] = DATA_DIR / "pinn"
     out: Annotated[Path, "folder for the results", None] = Path("results/pinn")
     overwrite: Annotated[bool, "replace the results of an earlier run", None] = False
