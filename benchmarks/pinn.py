@@ -36,6 +36,7 @@ import optax
 from jax import lax
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -448,7 +449,7 @@ def in_words(name, rows, results, values, config):
         error = relative_error(10 ** rows[best]["mean"], values)
         yield f"The least error has {best}: {100 * error:.2f}% of the solution's norm."
     weight = results["linear"]["condition_weight"]
-    yield f"Tuned, linear weighs the conditions {weight:g} times as much as the residual."
+    yield f"In linear, the conditions weigh {weight:g} times as much as the residual."
     cosines = np.asarray(results["sum"]["cosines"], float)[:, 1:]
     residual = tasks_of(config, equation).index("residual")
     with_it = np.delete(cosines[:, :, residual], residual, axis=-1)
@@ -540,6 +541,10 @@ def draw_final(axes, rows):
     axes.set_xlabel("mean squared error at the end")
     if any(np.isfinite(row["points"]).any() for row in rows.values()):
         axes.set_xscale("log")
+        # One and three of each power of ten: labels of all lines would overlap.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter("{x:.0e}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("dots: seeds; lines: 95% intervals of the mean", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -630,7 +635,9 @@ def train_all(parser, config):
     with report.bar:
         for name, method in ((n, m) for n in files for m in files[n] if m not in results[n]):
             tell = functools.partial(report.tell, name, method)
-            results[name][method] = train_method(method, name, config, tell)
+            began = time.process_time()
+            found = train_method(method, name, config, tell)
+            results[name][method] = found | {"cpu_seconds": time.process_time() - began}
             sweep.save_run(of_equation(config, name), files[name][method], results[name][method])
     return {
         name: {method: each[method] for method in config.methods} for name, each in results.items()
