@@ -213,9 +213,8 @@ def measure(run, number, points, values, config, equation):
     """The error on the grid; losses and cosines of their gradients on points that are new."""
     network = make_network(config, equation)
     found = jax.vmap(lambda point: network.apply(run.params, point))(points)
-    # Not a key of a step, and the same for all methods.
-    key = jax.random.fold_in(jax.random.fold_in(run.key, number), 1)
-    new = sample(config, equation, key)
+    # Those of the next step, which have not been seen yet and are the same for all methods.
+    new = sample(config, equation, jax.random.fold_in(run.key, number))
     losses, grads = surgery.task_value_and_grad(functools.partial(losses_of, config, equation))(
         run.params, new
     )
