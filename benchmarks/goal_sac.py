@@ -833,6 +833,20 @@ def report_setting(console, setting, results, config):
     return told | {"runs": results}, picture.getvalue()
 
 
+def by_seed(told):
+    """The figures of each seed, for `benchmarks.report`."""
+    names = {"area": "area under success", "final": "success at the end"}
+    return [
+        {
+            "setting": describe((each["scale"], each["goal"])),
+            "figure": names[figure],
+            "methods": {name: row[figure]["points"] for name, row in each["rows"].items()},
+        }
+        for each in told
+        for figure in names
+    ]
+
+
 def main(argv=None):
     parser = Parser("python -m benchmarks.goal_sac", description=(__doc__ or "").split("\n\n")[0])
     config = read_options(parser, argv)
@@ -847,7 +861,8 @@ def main(argv=None):
     reports = [report_setting(console, each, results[each], config) for each in settings]
     console.print(f"\n{LEGEND}", soft_wrap=True)
     told, drawn = zip(*reports, strict=True)
-    write(dict(zip(files, (as_json(config, settings=told), *drawn), strict=True)))
+    text = as_json(config, settings=told, by_seed=by_seed(told))
+    write(dict(zip(files, (text, *drawn), strict=True)))
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
 
 

@@ -642,6 +642,13 @@ def report(config, files, names, results, expert):
         expert=expert,
         findings=findings,
         methods=board,
+        by_seed=[
+            {
+                "setting": f"{len(names)} tasks",
+                "figure": "success in rollouts",
+                "methods": {name: row["points"] for name, row in board.items()},
+            }
+        ],
         runs=[{"method": method, **result} for method, result in results.items()],
     )
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))

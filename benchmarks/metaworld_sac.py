@@ -805,6 +805,13 @@ def report(config, names, results, files):
         findings=findings,
         against=tests,
         summary=rows,
+        by_seed=[
+            {
+                "setting": title(config),
+                "figure": "success at the end",
+                "methods": {name: row["points"] for name, row in rows.items()},
+            }
+        ],
         runs=[{"method": run.method, "seed": run.seed, **each} for run, each in results.items()],
     )
     write(dict(zip(files, (text, picture.getvalue()), strict=True)))

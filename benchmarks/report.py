@@ -70,6 +70,8 @@ def summarise(name, content):
 
 def shorten(value):
     """Numbers to five digits, however deep."""
+    if isinstance(value, dict):
+        return {key: shorten(each) for key, each in value.items()}
     if isinstance(value, list):
         return [shorten(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -96,6 +98,20 @@ def agreement(run):
             "between_tasks": shorten(between.mean(axis=1).tolist()),
             "same_task": shorten(same.mean(axis=1).tolist()),
         }
+    }
+
+
+def summarise_success(name, content):
+    """The same of results in which methods succeed more or less, as in reinforcement learning."""
+    options = ("seeds", "updates", "steps", "width", "learning_rate")
+    return {
+        "format": FORMAT,
+        "benchmark": name,
+        "options": {key: content["config"][key] for key in options if content["config"].get(key)},
+        "versions": content["versions"],
+        "device": content["device"],
+        "by_seed": shorten(content["by_seed"]),
+        "runs": [],
     }
 
 
@@ -180,12 +196,49 @@ def markdown(summaries):
         for width, runs in settings(summary).items():
             words = "\n".join(f"- {sentence}" for sentence in in_words(board_of(summary, runs)))
             parts += [
-                f"### {title_of(summary, width)}",
+                f"## {title_of(summary, width)}",
                 f"{budget_of(summary)}.",
                 markdown_table(summary, runs),
                 words,
             ]
     return "\n\n".join(parts) + "\n"
+
+
+SUCCESS_LEGEND = """\
+Reinforcement learning. Success: the share of episodes, or its mean over training (area), mean over
+seeds ± its 95% interval, from 0 to 1, higher is better. Against: as above, in success."""
+
+
+def success_table(entries):
+    """Of one setting, a row a method, the best first, and two columns for each figure."""
+    heads, columns = ["method"], []
+    for entry in entries:
+        found = {name: np.array(points, float) for name, points in entry["methods"].items()}
+        baseline = "mean" if "mean" in found else "sum"
+        apart = {name: points - found[baseline] for name, points in found.items()}
+        tests = statistics.paired_tests({n: each for n, each in apart.items() if n != baseline})
+        heads += [entry["figure"], f"against `{baseline}`"]
+        columns.append((found, tests))
+    first = columns[0][0]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for name in sorted(first, key=lambda name: -first[name].mean()):
+        cells = [f"`{name}`"]
+        for found, tests in columns:
+            points = found[name]
+            cells.append(f"{points.mean():.3f} ± {statistics.interval_95(points):.3f}")
+            cells.append(statistics.verdict(tests.get(name)) or "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def successes_in_markdown(summaries):
+    parts = [SUCCESS_LEGEND] if summaries else []
+    for summary in summaries:
+        options = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in summary["options"].items())
+        for setting in dict.fromkeys(entry["setting"] for entry in summary["by_seed"]):
+            entries = [entry for entry in summary["by_seed"] if entry["setting"] == setting]
+            parts += [f"## {summary['benchmark']}: {setting}", options, success_table(entries)]
+    return "\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
 # --- The picture
@@ -245,7 +298,7 @@ def make_figure(summaries):
 def main(argv=None):
     parser = Parser("python -m benchmarks.report", description=__doc__)
     config = parse(parser, Config, argv)
-    summaries = []
+    summaries, successes = [], []
     for path in sorted(config.results.glob("*/results.json")):
         content = sweep.read(parser, path, needed=("format",))
         if content["format"] != FORMAT:
@@ -253,16 +306,21 @@ def main(argv=None):
         methods = {run.get("method") for run in content.get("runs", [])}
         if "higher_is_better" in content and "single" in methods:
             summaries.append(summarise(path.parent.name, content))
-    if not summaries:
+        elif "by_seed" in content:
+            successes.append(summarise_success(path.parent.name, content))
+    if not summaries and not successes:
         parser.error(f"no results with single-task networks in {config.results}/*/results.json")
-    names = [f"{summary['benchmark']}.json" for summary in summaries]
-    files = [config.out / name for name in ("results.md", "delta_m.png", *names)]
+    text = markdown(summaries) + successes_in_markdown(successes)
+    contents = {"results.md": text.encode()}
+    if summaries:
+        picture = io.BytesIO()
+        make_figure(summaries).savefig(picture)
+        contents["delta_m.png"] = picture.getvalue()
+    for summary in (*summaries, *successes):
+        contents[f"{summary['benchmark']}.json"] = json.dumps(summary).encode()
+    files = [config.out / name for name in contents]
     check_output(parser, files, config.overwrite)
-    picture = io.BytesIO()
-    make_figure(summaries).savefig(picture)
-    text = markdown(summaries)
-    parts = [json.dumps(summary).encode() for summary in summaries]
-    write(dict(zip(files, (text.encode(), picture.getvalue(), *parts), strict=True)))
+    write(dict(zip(files, contents.values(), strict=True)))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(text)
     console.print(f"Written: {', '.join(map(str, files))}")

@@ -408,7 +408,7 @@ def stacked(task_updates: Any, params: Any = None) -> int:
     """Checks that every leaf stacks the same number of real gradients.
 
     Args:
-      task_updates: pytree whose leaves have shape (T, *param.shape).
+      task_updates: pytree whose leaves have shape `(T, *param.shape)`.
       params: the parameters, or None where they are not known. With them the structure and the
         trailing shapes are checked too, which is the only way to tell an unstacked gradient whose
         leaves happen to share their first dimension.

@@ -38,12 +38,12 @@ class SurgeryUpdateFn(Protocol):
         key: jax.Array | int | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, PyTree]:
-        """Returns the update, of leaves (*shape), and the next state."""
+        """Returns the update, of leaves `(*shape)`, and the next state."""
         ...
 
 
 class Surgery(optax.GradientTransformationExtraArgs):
-    """An optax transformation of stacked task gradients, of leaves (T, *shape) to (*shape).
+    """An optax transformation of stacked task gradients, of leaves `(T, *shape)` to `(*shape)`.
 
     It adds nothing but its name to `optax.GradientTransformationExtraArgs`: what needs a surgery
     knows one by its type. `Surgery(*tx)` says of a transformation that it is one:
@@ -343,7 +343,7 @@ def gradient_surgery(
     The update is the sum of the task gradients with the weights that the rule finds. Its `update`
     takes
 
-    - `updates`: pytree whose leaves have shape (T, *param.shape). T may change from call to call
+    - `updates`: pytree whose leaves have shape `(T, *param.shape)`. T may change from call to call
       unless `num_tasks` says what it is.
     - `params`: optional, the parameters. With them, unstacked gradients are told for certain.
     - `losses`: (T,) task losses or a tree of them, for the methods that use them.

@@ -44,7 +44,7 @@ class SurgeryTrainState(train_state.TrainState):
         """Updates `step`, `params` and `opt_state`, and the fields named in `kwargs`.
 
         Args:
-          grads: task gradients, with leaves of shape (T, *param.shape).
+          grads: task gradients, with leaves of shape `(T, *param.shape)`.
           **kwargs: those that are fields of the state, such as `batch_stats` of a subclass,
             replace them; all others (`losses`, `task_mask`, `value`, ...) go to `tx.update`, where
             optax ignores what nobody asks for, a misspelt field too.

@@ -91,8 +91,8 @@ def task_value_and_grad(
     Returns:
       `fn(params, *args, **kwargs)` giving `losses, task_grads`, or `(losses, aux), task_grads`:
       the losses as `losses_fn` returned them, and gradients whose leaves have shape
-      (T, *param.shape), tasks in the order of `jax.tree.leaves(losses)`, which `task_names(losses)`
-      spells out. There is one `aux`, not one per task.
+      `(T, *param.shape)`, tasks in the order of `jax.tree.leaves(losses)`, which
+      `task_names(losses)` spells out. There is one `aux`, not one per task.
 
     Raises:
       ValueError: at once, for an argument out of its range; at trace time, if the losses are not
@@ -143,7 +143,7 @@ def per_task_value_and_grad(
       `fn(params, *args, **kwargs)`, with the positional arguments of all tasks stacked on a leading
       axis of length T and keyword arguments that all tasks share, giving `losses, task_grads` or
       `(losses, aux), task_grads`: losses of shape (T,), gradients whose leaves have shape
-      (T, *param.shape), and `aux` stacked.
+      `(T, *param.shape)`, and `aux` stacked.
 
     Raises:
       ValueError: at once, for an argument out of its range; at trace time, if the positional

@@ -59,7 +59,7 @@ def gramian(
     to TF32 or bfloat16 flips the sign of small inner products.
 
     Args:
-      task_updates: pytree whose leaves have shape (T, *param.shape).
+      task_updates: pytree whose leaves have shape `(T, *param.shape)`.
       other: task gradients of the same shapes from another batch, for the methods that
         take the cross-Gramian of two independent batches.
       scale: () number above 0 by which all gradients are multiplied first, or None for 1. Squares
@@ -226,7 +226,7 @@ def differences(
     """The differences of the task gradients from that of one task, taken number by number.
 
     Args:
-      task_updates: pytree whose leaves have shape (T, *shape).
+      task_updates: pytree whose leaves have shape `(T, *shape)`.
       base: () the number of the task whose gradient is subtracted.
       task_mask: (T,) bool, False for gradients to leave out, whatever they hold; or None.
       factors: (T,) not negative, by which the gradients are multiplied beforehand; or None.
@@ -389,7 +389,7 @@ def combine(
 
     Args:
       weights: (T,) or a tree of any numbers.
-      task_updates: pytree whose leaves have shape (T, *param.shape).
+      task_updates: pytree whose leaves have shape `(T, *param.shape)`.
       task_mask: (T,) bool, or a tree of booleans, False for task gradients to leave out, NaN too;
         or None.
 
@@ -440,18 +440,18 @@ def mask_tasks(task_mask: jax.Array, task_updates: optax.Updates) -> optax.Updat
 
 
 def along_tasks(numbers: jax.Array, rows: jax.Array) -> jax.Array:
-    """One number per task, of shape (T, 1, ..., 1) to go with a leaf (T, *shape)."""
+    """One number per task, of shape (T, 1, ..., 1) to go with a leaf `(T, *shape)`."""
     return lax.expand_dims(numbers, range(1, jnp.ndim(rows)))
 
 
 def map_rows(
     rule: Callable[[jax.Array, jax.Array], jax.Array], task_updates: optax.Updates, key: jax.Array
 ) -> optax.Updates:
-    """Applies a rule to the (T, *shape) gradients of each leaf, in float32 at least.
+    """Applies a rule to the `(T, *shape)` gradients of each leaf, in float32 at least.
 
     Args:
       rule: (rows, key) -> update of the leaf, with a key that differs from leaf to leaf.
-      task_updates: pytree whose leaves have shape (T, *shape).
+      task_updates: pytree whose leaves have shape `(T, *shape)`.
       key: of this step.
     """
     leaves, structure = jax.tree.flatten(task_updates)
@@ -496,7 +496,7 @@ def move_tasks(
 
 
 def sum_coordinates(tree: optax.Updates) -> jax.Array:
-    """The sum over all coordinates of leaves (T, *shape), for each task."""
+    """The sum over all coordinates of leaves `(T, *shape)`, for each task."""
     sums = jax.tree.map(lambda rows: jnp.sum(rows, axis=tuple(range(1, rows.ndim))), tree)
     return jax.tree.reduce(jnp.add, sums)
 
@@ -505,12 +505,12 @@ def middle_mean(rows: jax.Array, num_trimmed: int, task_mask: jax.Array) -> jax.
     """For each coordinate the mean over tasks without the largest and the least values.
 
     Args:
-      rows: (T, *shape) gradients of one leaf.
+      rows: `(T, *shape)` gradients of one leaf.
       num_trimmed: how many are left out on either side, fewer if less than one were left.
       task_mask: (T,) bool, at least one True; the others are left out of account.
 
     Returns:
-      (*shape) means.
+      `(*shape)` means.
     """
     num_active = jnp.sum(task_mask)
     first = jnp.minimum(num_trimmed, (num_active - 1) // 2)

@@ -76,7 +76,7 @@ def aligned_mtl(
         lower median), "rmse" (the root mean square), all over those that are not zero.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has norm sigma times that of `preference` (for full rank): with the default,
       the least singular value over sqrt(T). Its state is an `AlignedMTLState`.
 

@@ -7,7 +7,7 @@ def mean() -> core.Surgery:
     """The mean of the task gradients, over the tasks that are not masked.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked.
@@ -31,7 +31,7 @@ def sum() -> core.Surgery:
     """The sum of the task gradients, which is the gradient of the summed losses.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked.
@@ -58,7 +58,7 @@ def constant(weights: core.PerTask) -> core.Surgery:
       weights: weights of the tasks, (T,) or a tree of any numbers.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
 
     Raises:
       ValueError: at trace time, from `update`, if the gradients are not stacked or `weights`

@@ -28,7 +28,7 @@ def cagrad(c: float = 0.4, rescale: Rescale | None = None) -> core.Surgery:
         bounds its growth with c.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the scale of a mean: between 1 - c and 1 + c times the mean gradient's norm.
       Its state is a `SolverReport`.
 

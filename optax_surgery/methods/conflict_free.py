@@ -74,7 +74,7 @@ def conflict_free(
         the gradients, or that mean of their norms, for m).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the length of the summed gradient's projections on it, so the scale of a
       sum; with "minimum" and "harmonic" a long gradient does not lengthen it much.
 

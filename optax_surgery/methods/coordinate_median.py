@@ -11,7 +11,7 @@ def coordinate_median() -> core.Surgery:
     a coordinate out of the range of the others. It is the trimmed mean that trims the most.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the scale of a mean over tasks, and is no weighted sum: coordinates differ
       in which tasks they take.
 

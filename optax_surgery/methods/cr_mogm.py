@@ -45,7 +45,7 @@ def cr_mogm(
         the scale of the inner method's; its weights of the first step by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the scale of the inner method's.
 
     Raises:

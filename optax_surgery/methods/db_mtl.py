@@ -13,7 +13,7 @@ class DBMTLState(NamedTuple):
     """State of `db_mtl`.
 
     Attributes:
-      averages: pytree of leaves (T, *param.shape), float32 or float64: averages of the gradients
+      averages: pytree of leaves `(T, *param.shape)`, float32 or float64: averages of the gradients
         of the logarithms of the losses.
     """
 
@@ -45,7 +45,7 @@ def db_mtl(num_tasks: int, decay: float = 0.9, decay_power: float = 0.0) -> core
         0; they have 0, or 0.5 for beta over the root of k.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum over tasks of vectors as long as the longest average. It needs the
       extra argument `losses`. Its state holds one number per coordinate and task.
 

@@ -17,7 +17,7 @@ def dualproj(preference: core.PerTask | None = None) -> core.Surgery:
         default (over the tasks that are not masked).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the scale of the weighted mean; weights are at least p. Its state is a
       `SolverReport`.
 

@@ -44,7 +44,7 @@ def dwa(num_tasks: int, window: int, temperature: float = 2.0) -> core.Surgery:
       temperature: tau, above 0; T = 2 in the paper. A higher one makes weights more even.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum; weights are above zero and add up to T.
 
     Raises:

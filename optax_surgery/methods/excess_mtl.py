@@ -13,7 +13,7 @@ class ExcessMTLState(NamedTuple):
     """State of `excess_mtl`.
 
     Attributes:
-      root_sums: pytree of leaves (T, *param.shape), float32 or float64: the roots of the sums of
+      root_sums: pytree of leaves `(T, *param.shape)`, float32 or float64: the roots of the sums of
         squared gradients.
       baselines: (T,) the excess risks that later ones are divided by.
       num_estimates: (T,) int32, how often the excess risk of a task was above zero.
@@ -66,7 +66,7 @@ def excess_mtl(
         authors' code 1.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean over tasks. Its state holds one number per coordinate and
       task.
 

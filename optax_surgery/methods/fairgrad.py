@@ -19,7 +19,7 @@ def fairgrad(alpha: float = 2.0) -> core.Surgery:
       alpha: fairness, above 0; 2 in the authors' experiments.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is homogeneous of degree (1 - alpha) / (1 + alpha) in the gradients, -1/3 for
       alpha = 2: it grows as gradients shrink. Its state is a `SolverReport`.
 

@@ -67,7 +67,7 @@ def famo(
         its learning rate.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean; weights are above zero and add up to 1.
 
     Raises:

@@ -18,7 +18,7 @@ def geometric_median(preference: core.PerTask | None = None) -> core.Surgery:
         by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean of the task gradients. Its state is a `SolverReport`: not
       converged where rounding hides where the median is.
 

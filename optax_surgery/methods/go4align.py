@@ -85,7 +85,7 @@ def go4align(num_tasks: int, num_groups: int, learning_rate: float = 1e-4) -> co
       learning_rate: eta, at least 0; the `robust_step_size` of the authors' code.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum: for equal losses weights are 1, else their sum is larger.
       They are above zero.
 

@@ -10,12 +10,12 @@ def graddrop_update(rows: jax.Array, draws: jax.Array, leak: jax.Array) -> jax.A
     """GradDrop's update of one leaf for given draws.
 
     Args:
-      rows: (T, *shape) task gradients.
-      draws: (*shape) numbers in [0, 1), U in the paper.
+      rows: `(T, *shape)` task gradients.
+      draws: `(*shape)` numbers in [0, 1), U in the paper.
       leak: (T,) share of each gradient that is never dropped.
 
     Returns:
-      (*shape) update.
+      `(*shape)` update.
     """
     positive = jnp.sum(jnp.maximum(rows, 0), axis=0)
     negative = jnp.sum(jnp.maximum(-rows, 0), axis=0)
@@ -48,7 +48,7 @@ def graddrop(leak: float | core.PerTask = 0.0, *, key: jax.Array | int = 0) -> c
       key: seed or PRNG key of the draws.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum over tasks, and no weighted sum: coordinates differ in which tasks
       they take.
 

@@ -79,7 +79,7 @@ def gradnorm(
       optimizer: what steps the weights; `optax.adam(0.025)` by default, as in the paper.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum; weights are above zero and add up to T.
 
     Raises:

@@ -43,7 +43,7 @@ def gradops(preference: core.PerTask | None = None) -> core.Surgery:
         at least 0; 1 each by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum of parts that are each no longer than the task's gradient.
 
     Raises:

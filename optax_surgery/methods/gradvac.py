@@ -93,7 +93,7 @@ def gradvac(num_tasks: int, decay: float = 0.5, *, key: jax.Array | int = 0) -> 
       key: seed or PRNG key of the random orders.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum over tasks; weights are at least 1. The first one is PCGrad's.
 
     Raises:

@@ -33,7 +33,7 @@ def imtl_g() -> core.Surgery:
     The direction does not depend on the lengths of the gradients.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean: weights add up to 1 and may be negative.
 
     Raises:

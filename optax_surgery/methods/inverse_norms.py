@@ -35,7 +35,7 @@ def inverse_norms(num_tasks: int, decay: float = 0.9) -> core.Surgery:
       decay: alpha, in [0, 1); with 0 weights are those of this step.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum: weights are above zero, and 1 where all norms are alike.
 
     Raises:

@@ -127,7 +127,7 @@ def krum(
         numbers of examples; equal by default. Who is selected does not depend on them.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a mean of task gradients. Its state is a `SolverReport`: not converged where
       rounding hides which gradients these are.
 

@@ -73,7 +73,7 @@ def uncertainty_weighting(
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum, at first half the sum of the gradients; weights are above
       zero.
 
@@ -131,7 +131,7 @@ def imtl_l(num_tasks: int, optimizer: optax.GradientTransformation | None = None
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum, at first the sum of the gradients; weights are above zero.
 
     Raises:
@@ -185,7 +185,7 @@ def imtl(num_tasks: int, optimizer: optax.GradientTransformation | None = None) 
       optimizer: what steps s; `optax.adam(0.025)` by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean of the scaled gradients; weights may be negative. The first
       one is that of `imtl_g`.
 

@@ -25,7 +25,7 @@ def mgda(normalize: Normalize = "none") -> core.Surgery:
         "loss+", the product of both. The last two need positive `losses`.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean, in the mode "none" no longer than the shortest gradient. Its
       state is a `SolverReport`.
 

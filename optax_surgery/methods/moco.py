@@ -14,7 +14,7 @@ class MoCoState(NamedTuple):
     """State of `moco`.
 
     Attributes:
-      averages: pytree of leaves (T, *param.shape), float32 or float64: y in the paper.
+      averages: pytree of leaves `(T, *param.shape)`, float32 or float64: y in the paper.
       relative_weights: (T,) T times the weights, lambda in the paper.
     """
 
@@ -84,7 +84,7 @@ def moco(
       learning_rate_power: how fast gamma falls with the step, at least 0; 0 for a constant.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean over tasks of the averages, which are small at first. Its
       state holds one number per coordinate and task.
 

@@ -65,7 +65,7 @@ def modo(num_tasks: int, learning_rate: float = 0.1, regularization: float = 0.1
       regularization: rho in the paper, at least 0.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean over tasks. It needs the extra argument `gramian`.
 
     Raises:

@@ -14,10 +14,10 @@ class MomentumConflictFreeState(NamedTuple):
     """State of `momentum_conflict_free`.
 
     Attributes:
-      momenta: pytree of leaves (T, *param.shape), float32 or float64: averages of the task
+      momenta: pytree of leaves `(T, *param.shape)`, float32 or float64: averages of the task
         gradients, with bias corrections.
       num_gradients: (T,) int32, how many gradients are in each.
-      pseudo_momentum: pytree of leaves (*param.shape), float32 or float64: the average of the
+      pseudo_momentum: pytree of leaves `(*param.shape)`, float32 or float64: the average of the
         updates.
     """
 
@@ -63,7 +63,7 @@ def momentum_conflict_free(
         default they do not, as with every other surgery.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update has the scale of a sum, as ConFIG's, which is the first one. With `alternating`
       it is zero until each task has had a gradient. Its state holds one number per coordinate
       and task, and one more per coordinate.

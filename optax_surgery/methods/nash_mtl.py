@@ -15,7 +15,7 @@ def nash_mtl() -> core.Surgery:
     update does not depend on the scale of any loss and conflicts with no task.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update always has norm sqrt(T), however small the gradients are. Its state is a
       `SolverReport`.
 

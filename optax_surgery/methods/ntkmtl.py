@@ -18,7 +18,7 @@ def ntkmtl(exponent: float = 0.5) -> core.Surgery:
       exponent: p, above 0; 0.5 in the paper.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       A sum of T gradients, with p = 1/2 each as long as the norm of the whole stack.
 
     Raises:

@@ -88,7 +88,7 @@ def pcd(
       epsilon: epsilon in the paper, at least 0, in the unit of a squared gradient.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is as long as the primary task's gradient. The state holds the averages and a
       `SolverReport`.
 

@@ -58,7 +58,7 @@ def pcgrad(*, key: jax.Array | int = 0) -> core.Surgery:
       key: seed or PRNG key of the random orders.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum over tasks: without conflicts, T times the mean gradient.
 
     Raises:

@@ -28,7 +28,7 @@ def pivrg(scores: core.PerTask, bound: float = 2.0, min_temperature: float = 10.
         100 for QM9.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is homogeneous of degree -1/3 in the gradients, as that of `fairgrad`. Its state
       is a `SolverReport`.
 

@@ -20,7 +20,7 @@ def random_weighting(*, key: jax.Array | int = 0) -> core.Surgery:
       key: seed or PRNG key of the draws.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean: weights are above zero and add up to 1.
 
     Raises:

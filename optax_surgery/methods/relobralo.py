@@ -53,7 +53,7 @@ def relobralo(
       key: seed or PRNG key of the draws.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum; weights are above zero and add up to T.
 
     Raises:

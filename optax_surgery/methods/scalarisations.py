@@ -21,7 +21,7 @@ def gls() -> core.Surgery:
     Each loss may be scaled by a constant: the direction stays as it was.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       Weights are above zero; for equal losses the update is the mean gradient.
 
     Raises:
@@ -65,7 +65,7 @@ def scale_invariant() -> core.Surgery:
     Each loss may be scaled by a constant: the update stays as it was.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a sum of relative gradients; weights are above zero.
 
     Raises:
@@ -122,7 +122,7 @@ def stch(
       log_losses: whether f is the logarithm of the losses, which then have to be above zero.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean of the gradients of :math:`\lambda_i f_i`; weights are not
       negative.
 
@@ -199,7 +199,7 @@ def cosmos(penalty: float, preference: core.PerTask | None = None) -> core.Surge
         each by default (over the tasks that are not masked).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted sum, where weights may be negative.
 
     Raises:
@@ -262,7 +262,7 @@ def pbi(
         any numbers; 0 by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The weights have norm sqrt(1 + theta^2), or 1 on the ray; they may be negative.
 
     Raises:

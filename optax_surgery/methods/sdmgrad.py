@@ -100,7 +100,7 @@ def sdmgrad(
       num_iterations: S in the paper, number of steps, at least 1.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean over tasks. It needs the extra argument `gramian`.
 
     Raises:

@@ -39,7 +39,7 @@ def softadapt(
         :math:`L_i` before each exponential, so that large losses count more).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a weighted mean: weights are above zero and add up to 1.
 
     Raises:

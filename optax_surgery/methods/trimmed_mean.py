@@ -19,7 +19,7 @@ def trimmed_mean(num_trimmed: int) -> core.Surgery:
         gives the mean.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
       The update is a mean over tasks, and no weighted sum: coordinates differ in which tasks
       they take.
 

@@ -26,7 +26,7 @@ def gramian_of_leaves(
     """The inner products of rows, over all coordinates of all leaves.
 
     Args:
-      leaves: for each leaf the rows (T, *shape), or two such stacks of which to multiply each
+      leaves: for each leaf the rows `(T, *shape)`, or two such stacks of which to multiply each
         row of the first with each of the second; of any floating dtype.
       dtype: of the sums, float32 or float64.
       scale: () a factor for all rows, (T,) one for each, or None.
@@ -71,11 +71,11 @@ def leaf_combination(
 
     Args:
       weights: (T,) of the dtype of the sums, float32 or float64.
-      rows: (T, *shape), of any floating dtype.
+      rows: `(T, *shape)`, of any floating dtype.
       task_mask: (T,) bool, False for rows to leave out, whatever they hold; or None.
 
     Returns:
-      (*shape), sum_i weights_i rows_i.
+      `(*shape)`, sum_i weights_i rows_i.
     """
     operands = (weights, rows) if task_mask is None else (weights, rows, task_mask)
     sharding = jax.typeof(rows).sharding

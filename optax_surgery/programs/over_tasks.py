@@ -108,7 +108,7 @@ class OverTasks:
         """T gradients of each parameter, which then lie as it does.
 
         Args:
-          grads: (T, *param.shape), or None.
+          grads: `(T, *param.shape)`, or None.
           traced: returns the program of a task, which names the mesh where it is not set.
         """
         if self._explicit is not None:

@@ -128,7 +128,7 @@ class Backward:
     # Back
 
     def stacks(self, chunk_size: int | None = None) -> Any:
-        """The gradients of all tasks, leaves (T, *param.shape).
+        """The gradients of all tasks, leaves `(T, *param.shape)`.
 
         Args:
           chunk_size: how many tasks go through the shared part at once.

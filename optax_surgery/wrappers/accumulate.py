@@ -15,7 +15,7 @@ class AccumulateState(NamedTuple):
     Attributes:
       micro_step: () int32, the number of micro-batches since the latest update.
       ready: () bool, whether the latest call made an update.
-      averages: pytree of leaves (T, *param.shape), float32 or float64: the mean gradients over
+      averages: pytree of leaves `(T, *param.shape)`, float32 or float64: the mean gradients over
         the latest micro-batches.
       losses: (T,) mean losses over the same.
       num_gradients: (T,) int32, over how many micro-batches; 0 for a task masked in all of them.
@@ -45,10 +45,11 @@ def accumulate(
       num_tasks: number of tasks T, at least 1.
 
     Returns:
-      A transformation of the kind of `tx` from leaves (T, *shape) to leaves (*shape); of a surgery
-      a `Surgery`. `tx` gets the averages of gradients and losses, and the other extra arguments as
-      they are in the k-th step. A task is averaged over the micro-batches in which it is not
-      masked, and masked if there is none. The state holds one number per coordinate and task.
+      A transformation of the kind of `tx` from leaves `(T, *shape)` to leaves `(*shape)`; of a
+      surgery a `Surgery`. `tx` gets the averages of gradients and losses, and the other extra
+      arguments as they are in the k-th step. A task is averaged over the micro-batches in which it
+      is not masked, and masked if there is none. The state holds one number per coordinate and
+      task.
 
     Raises:
       ValueError: for an `every_k` below 1; at trace time, from `update`, if the gradients are not

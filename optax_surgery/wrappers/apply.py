@@ -9,7 +9,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """`optax.apply_updates`, which refuses updates that are still stacked.
 
     Without a surgery, optimisers take stacked gradients as they are, and the parameters silently
-    become (T, *shape) when the updates are added to them.
+    become `(T, *shape)` when the updates are added to them.
 
     Args:
       params: pytree of parameters.

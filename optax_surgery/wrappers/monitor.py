@@ -51,8 +51,8 @@ def monitor(
       surgery: what to operate with; it has to work on the Gramian or the losses.
 
     Returns:
-      With a surgery a `Surgery` from leaves (T, *shape) to leaves (*shape), else an
-      `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to the same leaves. A
+      With a surgery a `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`, else an
+      `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to the same leaves. A
       `MonitorState` with `gramian`, `scale` and `weights` is in its state: zero before the first
       step, and in the rows of masked tasks, in the default float dtype.
 

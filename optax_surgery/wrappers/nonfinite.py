@@ -41,8 +41,8 @@ def on_nonfinite(
         was. "propagate": only count.
 
     Returns:
-      A transformation of the kind of `tx` from leaves (T, *shape) to leaves (*shape), of a surgery
-      a `Surgery`, with the counts in its state. What a masked task holds is not looked at.
+      A transformation of the kind of `tx` from leaves `(T, *shape)` to leaves `(*shape)`, of a
+      surgery a `Surgery`, with the counts in its state. What a masked task holds is not looked at.
 
     Raises:
       ValueError: for another `action`; at trace time, from `update`, if the gradients are not

@@ -35,7 +35,8 @@ def every(surgery: core.Surgery, k: int, num_tasks: int) -> core.Surgery:
       num_tasks: number of tasks T, at least 1.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape), with the weights in use in its state.
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`, with the weights in use in its
+      state.
 
     Raises:
       ValueError: for what is no surgery, and for a `k` below 1; at trace time, from `update`, if
@@ -105,7 +106,7 @@ def start_after(surgery: core.Surgery, step: int) -> core.Surgery:
       step: after how many updates, at least 0.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
 
     Raises:
       ValueError: for what is no surgery, and for a negative `step`; at trace time, from `update`,

@@ -29,7 +29,7 @@ def on_shared(
         for the shared ones).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape). Its state is that of the surgery.
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`. Its state is that of the surgery.
 
     Raises:
       ValueError: for what is no surgery, and for another value of `others`; at trace time, if no
@@ -94,8 +94,8 @@ def leafwise(surgery: core.Surgery, group_of: Callable[[str], str] | None = None
         `lambda path: path.split("/")[0]`; each leaf is a group by default.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape), with a dict from groups to states as
-      its state.
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`, with a dict from groups to states
+      as its state.
 
     Raises:
       ValueError: for what is no surgery; at trace time, if `group_of` returns no string, or, from

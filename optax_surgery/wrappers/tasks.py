@@ -25,7 +25,7 @@ def on_tasks(surgery: core.Surgery, tasks: Sequence[str] | Sequence[int]) -> cor
         0. Their order is that of the stack, whatever the order here.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape). Its state is that of the surgery.
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`. Its state is that of the surgery.
 
     Raises:
       ValueError: for what is no surgery, and for no tasks; at trace time, from `update`, if there
@@ -126,7 +126,7 @@ def per_task(
       num_tasks: number of tasks T, at least 1.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves (T, *shape) to leaves (T, *shape).
+      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to leaves `(T, *shape)`.
       Its state is that of `tx`, T times. A masked task keeps its state.
 
     Raises:
@@ -240,7 +240,7 @@ def normalize_tasks(
       decay: beta, in [0, 1).
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape). A gradient of zero stays zero. A
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`. A gradient of zero stays zero. A
       masked task keeps its average.
 
     Raises:
@@ -317,7 +317,7 @@ def clip_tasks(surgery: core.Surgery, max_norm: float) -> core.Surgery:
       max_norm: the largest norm, above 0.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape).
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`.
 
     Raises:
       ValueError: for what is no surgery, and for a `max_norm` of 0 or less; at trace time, from
@@ -371,8 +371,8 @@ def on_log_losses(surgery: core.Surgery) -> core.Surgery:
       surgery: what to do with the divided gradients; it has to work on the Gramian or the losses.
 
     Returns:
-      A `Surgery` from leaves (T, *shape) to leaves (*shape). The update is one of gradients of log
-      losses: of no unit, and independent of the scales of the losses.
+      A `Surgery` from leaves `(T, *shape)` to leaves `(*shape)`. The update is one of gradients of
+      log losses: of no unit, and independent of the scales of the losses.
 
     Raises:
       ValueError: for what is no surgery; at trace time, from `update`, if `losses` are missing, or

@@ -58,8 +58,8 @@ def test_summaries_say_the_same_as_the_results(tmp_path):
     }
     summary = json.loads((tmp_path / "out" / "mine.json").read_text())
     assert report.markdown([summary]) == text
-    assert "### mine, width 8\n" in text
-    assert "### mine, width 64\n" in text
+    assert "## mine, width 8\n" in text
+    assert "## mine, width 64\n" in text
     assert summary["runs"][1]["cosines"] == {"between_tasks": [0.0] * 3, "same_task": [1.0] * 3}
 
 
@@ -102,3 +102,25 @@ def test_an_earlier_report_is_replaced_only_when_asked(tmp_path):
     with pytest.raises(SystemExit):
         run(tmp_path)
     run(tmp_path, "--overwrite")
+
+
+def test_success_of_agents_is_a_table_for_each_setting(tmp_path):
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 0.05, 5)
+    points = {"mean": 0.5 + shared, "pcgrad": 0.7 + shared + rng.normal(0, 1e-3, 5)}
+    by_seed = [
+        {"setting": setting, "figure": figure, "methods": points}
+        for setting in ("near", "far")
+        for figure in ("area", "final")
+    ]
+    folder = tmp_path / "results" / "arm"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_bytes(as_json(report.Config(), by_seed=by_seed))
+    text = run(tmp_path)
+    assert "## arm: near\n" in text
+    assert "## arm: far\n" in text
+    row = next(line for line in text.splitlines() if line.startswith("| `pcgrad`"))
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[1] == cells[3] == "+0.20"
+    assert cells[0].startswith(f"{points['pcgrad'].mean():.3f} ± ")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md", "arm.json"}

@@ -2,7 +2,7 @@
 
 A trap is made to work, or is an error of ours that says what to do. Where optax alone decides,
 what it does is shown, so that a change of optax is noticed, and the way around it is tested.
-README lists the ways around.
+docs/traps.md lists the ways around.
 """
 
 import inspect

@@ -39,8 +39,8 @@ def missing_parts(root, file):
             missing.append(f"{name}: a row in tests/cases.py")
         elif "rule=None" in row.group(1) and name not in RANDOM:
             missing.append(f"{name}: an oracle in tests/papers/, as the `rule` of its row")
-        if not re.search(rf"^\| `{name}`", read("README.md"), re.MULTILINE):
-            missing.append(f"{name}: a row in the README's table of methods")
+        if not re.search(rf"^\| `{name}`", read("docs/methods/index.md"), re.MULTILINE):
+            missing.append(f"{name}: a row in the table of docs/methods/index.md")
     return missing
 
 
@@ -64,8 +64,8 @@ def test_oracles_use_no_code_of_the_library():
 
 
 def test_the_skeleton_of_a_method_is_told_at_each_step_what_it_lacks(tmp_path):
-    for file in ("optax_surgery/__init__.py", "tests/cases.py", "README.md"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+    for file in ("optax_surgery/__init__.py", "tests/cases.py", "docs/methods/index.md"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
 
     init, imtl_g = "optax_surgery/__init__.py", "from optax_surgery.methods.imtl_g"
@@ -75,7 +75,12 @@ def test_the_skeleton_of_a_method_is_told_at_each_step_what_it_lacks(tmp_path):
         ("its name in __all__ of", init, '    "imtl",\n', '    "half",\n    "imtl",\n'),
         ("a row in tests/cases.py", "tests/cases.py", '    "imtl_g": Case(', row),
         ("an oracle in tests/papers/", "tests/cases.py", 'rule=None,\n    ),\n    "imtl_g', None),
-        ("a row in the README's table", "README.md", "| `imtl_g` |", "| `half` | |\n| `imtl_g` |"),
+        (
+            "a row in the table",
+            "docs/methods/index.md",
+            "| `imtl_g` |",
+            "| `half` | |\n| `imtl_g` |",
+        ),
     ]
     for lack, path, old, new in steps:
         assert any(lack in sentence for sentence in missing_parts(tmp_path, "half")), lack
