@@ -80,7 +80,7 @@ class Critic(nn.Module):
             Network,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=None,  # pyright: ignore[reportArgumentType]
             axis_size=2,
         )
         network = two(1, self.width, self.depth, self.num_heads)
