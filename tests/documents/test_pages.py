@@ -38,7 +38,7 @@ def test_every_python_block_runs(page):
 
 def test_the_readme_prints_what_it_says(capsys):
     exec(blocks(PAGES["README.md"])[0], {})
-    said = re.search(r"```\n(.*?)```", README, re.DOTALL).group(1)
+    said = re.search(r"```\n(\[.*?)```", README, re.DOTALL).group(1)
     said, printed = (
         [re.findall(r"[\d.]+", line)[:2] for line in text.splitlines()]
         for text in (said, capsys.readouterr().out)
