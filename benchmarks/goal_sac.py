@@ -38,12 +38,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import methods, sac, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 
 GOALS = np.array(list(itertools.product((-1.2, 0.0, 1.2), repeat=2)), np.float32)
 NUM_TASKS = len(GOALS)
@@ -412,7 +412,7 @@ def make_program(names, goal, width, capacity):
     }
 
 
-def train_lanes(lanes, names, config, tell):
+def train_lanes(lanes, names, config, advance):
     """Trains all lanes. Returns what was seen, with leading axes (lanes, points)."""
     per_stretch = config.updates // config.points
     capacity = (WARM_UP + config.updates) * ENVIRONMENTS
@@ -425,7 +425,7 @@ def train_lanes(lanes, names, config, tell):
         trained.append(seen)
         measured.append(program["measure"](runs, lanes, first + per_stretch))
         jax.block_until_ready(measured[-1])
-        tell((point + 1) * per_stretch)
+        advance()
 
     def stacked(trees):
         return jax.tree.map(lambda *each: np.stack(each, axis=1), *trees)
@@ -438,26 +438,26 @@ def reward_scales(scale):
     return np.geomspace(1, scale, NUM_TASKS).astype(np.float32)
 
 
-def train_joint(names, seeds, config, tell):
+def train_joint(names, seeds, config, advance):
     """{method: what was seen, with leading axes (seeds, points)} of agents with all tasks."""
     number, seed = (each.ravel() for each in np.indices((len(names), len(seeds))))
     tasks, scales = (
         np.tile(each, (len(seed), 1))
         for each in (np.arange(NUM_TASKS), reward_scales(config.scales[0]))
     )
-    seen = train_lanes(Lane(np.array(seeds)[seed], number, tasks, scales), names, config, tell)
+    seen = train_lanes(Lane(np.array(seeds)[seed], number, tasks, scales), names, config, advance)
     return {
         name: {part: each[number == n] for part, each in seen.items()}
         for n, name in enumerate(names)
     }
 
 
-def train_single(seeds, config, tell):
+def train_single(seeds, config, advance):
     """The same of one agent for each task."""
     seed, task = (each.ravel() for each in np.indices((len(seeds), NUM_TASKS)))
     scales = reward_scales(config.scales[0])[task, None]
     lanes = Lane(np.array(seeds)[seed], np.zeros_like(seed), task[:, None], scales)
-    seen = train_lanes(lanes, ("sum",), config, tell)
+    seen = train_lanes(lanes, ("sum",), config, advance)
     per_task = ("success", "reward", "critic_loss", "actor_loss")
     # The lanes' axis is (seeds, tasks), and the tasks' axis of a lane is 1.
     return {
@@ -466,13 +466,13 @@ def train_single(seeds, config, tell):
     }
 
 
-def train_setting(names, seeds, config, tell):
+def train_setting(names, seeds, config, advance):
     """{method: what was seen} of one setting, the first of each axis in `config`."""
     found = {}
     if joint := tuple(name for name in names if name != "single"):
-        found |= train_joint(joint, seeds, config, functools.partial(tell, "agents of all goals"))
+        found |= train_joint(joint, seeds, config, advance)
     if "single" in names:
-        found["single"] = train_single(seeds, config, functools.partial(tell, "single agents"))
+        found["single"] = train_single(seeds, config, advance)
     return found
 
 
@@ -722,28 +722,6 @@ def as_name(setting):
     return f"scale_{scale:g}_{goal}"
 
 
-class Report:
-    """Says how far the training is: a bar in a terminal, and lines on stderr elsewhere."""
-
-    def __init__(self, config):
-        self.terminal = Console(stderr=True)
-        self.bar = Progress(
-            console=self.terminal, transient=True, disable=not self.terminal.is_terminal
-        )
-        self.total = config.updates
-        self.began = time.monotonic()
-        self.task = self.bar.add_task("", total=None)
-
-    def tell(self, setting, agents, updates):
-        text = f"{describe(setting)}, {agents}"
-        self.bar.update(self.task, description=text, completed=updates, total=self.total)
-        if not self.terminal.is_terminal:
-            seconds = time.monotonic() - self.began
-            print(
-                f"{text}: {updates:,} of {self.total:,} updates, {seconds:.0f} s", file=sys.stderr
-            )
-
-
 def of_setting(config, setting):
     """The options of one setting, as they stand in its files."""
     scale, goal = setting
@@ -755,17 +733,21 @@ def run_files(config, setting):
     return {method: folder / f"{method}.json" for method in config.methods}
 
 
-def train_left(parser, config, setting, results, report):
+def programs_left(methods, results):
+    """The methods without results, by the program that trains them: single agents have one."""
+    left = [method for method in methods if method not in results]
+    single = left.count("single")  # it is the first of the choices
+    return [names for names in (left[:single], left[single:]) if names]
+
+
+def train_left(parser, config, setting, results, progress):
     """Adds to the results of a setting those that are not there yet, and writes their files."""
     config, files = of_setting(config, setting), run_files(config, setting)
-    left = [method for method in files if method not in results]
     failed = {}
-    # Single agents are a program of their own, which is finished before the other begins.
-    single = left.count("single")  # it is the first of the choices
-    for names in filter(None, (left[:single], left[single:])):
+    for names in programs_left(files, results):
+        progress.describe(f"{describe(setting)}, {' '.join(names)}")
         began = time.process_time()
-        tell = functools.partial(report.tell, setting)
-        found = train_setting(names, range(config.seeds), config, tell)
+        found = train_setting(names, range(config.seeds), config, progress.advance)
         seconds = (time.process_time() - began) / len(names)
         for method, seen in found.items():
             if len(seeds := diverged(seen)):
@@ -789,10 +771,10 @@ def train_all(parser, config, settings):
         )
         for setting in settings
     }
-    report = Report(config)
-    with report.bar:
+    num_programs = sum(len(programs_left(config.methods, results)) for results in found.values())
+    with Progress(num_programs * config.points) as progress:
         for setting, results in found.items():
-            train_left(parser, config, setting, results, report)
+            train_left(parser, config, setting, results, progress)
     return {
         setting: {method: found[setting][method] for method in config.methods}
         for setting in settings

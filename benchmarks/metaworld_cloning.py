@@ -37,13 +37,13 @@ from jax import lax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import metaworld_tasks, methods, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.data import DATA_DIR
+from benchmarks.progress import Progress
 from benchmarks.sac import Network
 from optax_surgery.flax import SurgeryTrainState
 
@@ -580,27 +580,18 @@ def run_all(parser, config, names):
     files = {method: config.out / "runs" / f"{method}.json" for method in config.methods}
     results = sweep.finished_runs(parser, config, files)
     left = [method for method in files if method not in results]
-    terminal = Console(stderr=True)
-    shown = terminal.is_terminal
-    with Progress(console=terminal, transient=True, disable=not shown) as progress:
-        bar = progress.add_task("", total=len(left))
-
-        def tell(text):
-            progress.update(bar, description=text)
-            if not shown:
-                print(text, file=sys.stderr, flush=True)
-
+    with Progress(len(left)) as progress:
         seeds = []
         for seed in range(config.seeds):
-            tell(f"demonstrations, seed {seed}")
+            progress.describe(f"demonstrations, seed {seed}")
             seeds.append(load(names, seed, config))
         data = stack(seeds)
         for method in left:
             began = time.process_time()
-            found = train_method(method, config, data, names, tell)
+            found = train_method(method, config, data, names, progress.describe)
             results[method] = found | {"cpu_seconds": time.process_time() - began}
             sweep.save_run(config, files[method], results[method])
-            progress.advance(bar)
+            progress.advance()
     expert = np.mean([each["expert"] for each in seeds], axis=0)
     return {method: results[method] for method in files}, expert
 

@@ -38,13 +38,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
 import optax_surgery as surgery
 from benchmarks import metaworld_tasks, methods, sac, statistics, sweep
 from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.progress import Progress
 
 DISCOUNT, POLYAK, LARGEST_NORM = 0.99, 0.005, 1.0
 UPDATES = 10  # in one program, between as many steps of the environments
@@ -765,19 +765,17 @@ def train_all(parser, config, names):
     left = [run for run in runs if run not in results]
     if not left:
         return {run: results[run] for run in runs}
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("Making 50 goals a task", total=len(left) * config.steps)
+    with Progress(len(left) * config.steps, "Making 50 goals a task") as progress:
         evaluate = metaworld_tasks.Evaluation(names, config.first_seed)
 
         def told(steps, line):
-            progress.advance(bar, steps)
+            progress.advance(steps)
             if line:
-                terminal.print(line, highlight=False, soft_wrap=True)
+                progress.terminal.print(line)
 
         make = functools.cache(functools.partial(make_programs, config))
         for run in left:
-            progress.update(bar, description=f"Training, {run}")
+            progress.describe(f"Training, {run}")
             environments = metaworld_tasks.Tasks(names, run.seed, config.rewards)
             programs = make(run.method, environments.size, len(names))
             results[run] = train(parser, config, run, names, programs, environments, evaluate, told)

@@ -42,7 +42,8 @@ def conflict_free_weights(
 def typical_norm(norms: jax.Array, present: jax.Array, length: Length) -> jax.Array:
     """The least norm of the gradients that are not zero, or a mean of them."""
     if length == "minimum":
-        return jnp.min(norms, where=present, initial=jnp.inf)
+        # Of no gradient it is zero, as an infinite one times zero would be NaN.
+        return jnp.where(jnp.any(present), jnp.min(norms, where=present, initial=jnp.inf), 0)
     count = or_one(jnp.sum(present).astype(norms.dtype))
 
     def mean(numbers):

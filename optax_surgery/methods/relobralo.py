@@ -93,8 +93,7 @@ def relobralo(
 
     def update(tasks, state):
         dtype = state.mean_weights.dtype
-        present = tasks.task_mask & (tasks.losses > 0)
-        losses = jnp.where(present, tasks.losses.astype(dtype), 1)
+        present, losses = tasks.task_mask, tasks.losses.astype(dtype)
         num_present = jnp.sum(present).astype(dtype)
 
         def balances(earlier):
@@ -115,7 +114,7 @@ def relobralo(
             seen=jnp.ones_like(state.seen),
         )
         new_state = jax.tree.map(lambda new, old: jnp.where(present, new, old), new_state, state)
-        return jnp.where(present, weights, 0), new_state
+        return weights, new_state
 
     weighting = core.Weighting(init, update, usable=lambda tasks: tasks.losses > 0)
     return core.gradient_surgery(weighting, name=name, num_tasks=num_tasks, key=key)

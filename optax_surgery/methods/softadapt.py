@@ -84,8 +84,7 @@ def softadapt(
             changes = changes / jnp.where(total > 0, total, 1)
         logits = jnp.asarray(focus, dtype) * changes
         if kind == "loss_weighted":
-            usable = task_mask & (losses > 0)
-            logits = logits + jnp.log(jnp.where(usable, losses, 1))
+            logits = logits + jnp.log(losses)  # above zero, or that of a masked task, 1
         weights = jax.nn.softmax(jnp.where(task_mask, logits, jnp.finfo(dtype).min))
         last_losses = jnp.where(task_mask, losses, state.last_losses)
         return weights, SoftAdaptState(last_losses, state.seen | task_mask)

@@ -154,7 +154,7 @@ def test_a_run_from_the_command_line_is_resumed(tiny, tmp_path, capsys, monkeypa
     options = ["--methods", *METHODS, "--seeds", str(SEEDS), "--width", str(WIDTH)]
     options += ["--updates", "4", "--points", str(POINTS), "--out", str(tmp_path), "--scales", "30"]
     goal_sac.main(options)
-    assert "2 of 4 updates" in capsys.readouterr().err
+    assert f"reward scale 30, goal observed, {' '.join(METHODS[:1])}" in capsys.readouterr().err
     (setting,) = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert setting["baseline"] == "mean"
     assert (tmp_path / "scale_30_observed.png").stat().st_size > 0
@@ -180,7 +180,7 @@ def test_a_run_from_the_command_line_is_resumed(tiny, tmp_path, capsys, monkeypa
 
 
 def test_what_diverges_is_said_and_the_rest_is_kept(tiny, tmp_path, capsys, monkeypatch):
-    def train_setting(names, seeds, config, tell):
+    def train_setting(names, seeds, config, advance):
         bad = {"success": np.full((2, 3, 9), np.nan)}
         return {name: bad if name == "pcgrad" else made_up(np.ones((2, 3))) for name in names}
 

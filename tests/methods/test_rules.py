@@ -80,7 +80,8 @@ def test_the_length_of_conflict_free_is_chosen(length):
     updates, _ = tx.update(jnp.asarray(jacobian, "f4"), tx.init(jnp.zeros(8)))
     expected = papers.conflict_free(jacobian, length=length)
     np.testing.assert_allclose(updates, expected, atol=1e-4 * np.linalg.norm(expected))
-    zeros = tx.update(jnp.zeros((3, 8)), tx.init(jnp.zeros(8)))[0]
+    with jax.debug_nans(True):
+        zeros = tx.update(jnp.zeros((3, 8)), tx.init(jnp.zeros(8)))[0]
     np.testing.assert_array_equal(zeros, 0)
 
 
