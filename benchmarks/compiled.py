@@ -213,6 +213,20 @@ def kernels(compiled):
     return counts["ENTRY"], [(int(steps), counts[body]) for body, steps in loops]
 
 
+def launches(compiled):
+    """How many kernels a GPU program launches in all, loops within loops included."""
+    lines = computations(compiled)
+
+    def of(name):
+        loops = re.findall(
+            r" while\(.*body=%?([\w.-]+).*known_trip_count\D*(\d+)", "\n".join(lines[name])
+        )
+        own = sum(map(bool, map(LAUNCHES.search, lines[name])))
+        return own + sum(int(steps) * of(body) for body, steps in loops)
+
+    return of("ENTRY")
+
+
 def collectives(compiled):
     """Each kind of collective with how many there are and the most elements that one moves."""
     found = {}

@@ -21,6 +21,7 @@ episodes, so that the result is not the same number by number.
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import shutil
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import box
@@ -54,6 +56,7 @@ OF_A_SUM = ("pcgrad", "nash_mtl")
 SURGERIES = ("mean", "pcgrad", "aligned_mtl", "cagrad", "nash_mtl", "mgda", "imtl_g", "upgrad")
 CHOICES = ("joint", "single", *SURGERIES)
 PUBLISHED_STEPS = 20_000_000  # of all environments of MT10 together
+LAUNCH = 5e-6  # seconds, about what a GPU takes to begin a kernel: a lower bound of its time
 
 # In percent. Never the same protocol as ours: each comes with its name.
 PUBLISHED = {
@@ -533,6 +536,35 @@ def time_updates(config, names, environments, say):
     return {"methods": found, "environment_steps_per_second": collected}
 
 
+def launches_on_h100(config, num_tasks, size):
+    """{method: kernels that an update launches on an H100}, from the programs of its compiler.
+
+    No device is needed, but the compiler, of the extra `compiled`. Without it there are none.
+    """
+    from benchmarks import compiled
+
+    if importlib.util.find_spec(compiled.COMPILERS["h100"]) is None:
+        return {}
+    place = SingleDeviceSharding(compiled.topology("h100").devices[0])
+    samples = UPDATES, num_tasks, config.samples
+    observation, action, number = ((*samples, size), (*samples, 4), samples)
+    batches = sac.Transitions(observation, action, number, observation, number)
+    found = {}
+    for method in ("joint", "pcgrad"):
+        programs = make_programs(config, method, size, num_tasks)
+        shapes = (
+            jax.eval_shape(programs.init, jax.random.key(0)),
+            sac.Transitions(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in batches)),
+            jax.eval_shape(jax.random.PRNGKey, 0),
+        )
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+        )
+        program = programs.update.trace(*placed).lower().compile()
+        found[method] = compiled.launches(program) / UPDATES
+    return found
+
+
 def filled_buffer(names, environments, rng):
     """An episode of each task with random actions, and the steps per second of all tasks."""
     buffer = Buffer(len(names), metaworld_tasks.EPISODE, environments.size)
@@ -563,6 +595,13 @@ def in_words_of_time(times, num_tasks):
         yield (
             f"{PUBLISHED_STEPS:,} environment steps here, {method}: {updates:.1f} {unit}hours of "
             f"updates and {PUBLISHED_STEPS / rate / 3600:.1f} of environments, without evaluation."
+        )
+    for method, number in times["launches_on_h100"].items():
+        hours = PUBLISHED_STEPS / num_tasks * number * LAUNCH / 3600
+        yield (
+            f"On an H100, {method}: {number:.0f} kernels per update; to launch those of "
+            f"{PUBLISHED_STEPS:,} environment steps takes {hours:.1f} hours, at "
+            f"{1e6 * LAUNCH:g} microseconds each."
         )
 
 
@@ -820,7 +859,10 @@ def report_time(config, names, files):
     console = Console(highlight=False)
     terminal = Console(stderr=True)
     environments = metaworld_tasks.Tasks(names, config.first_seed, config.rewards)
+    # First, as the compiler has to be found before JAX looks for devices.
+    launches = launches_on_h100(config, len(names), environments.size)
     times = time_updates(config, names, environments, terminal.print)
+    times["launches_on_h100"] = launches
     findings = list(in_words_of_time(times, len(names)))
     console.print(*findings, sep="\n", soft_wrap=True)
     times["clock"] = f"{clock()[1]}time"
