@@ -546,15 +546,15 @@ def launches_on_h100(config, num_tasks, size):
     if importlib.util.find_spec(compiled.COMPILERS["h100"]) is None:
         return {}
     place = SingleDeviceSharding(compiled.topology("h100").devices[0])
-    samples = UPDATES, num_tasks, config.samples
-    observation, action, number = ((*samples, size), (*samples, 4), samples)
-    batches = sac.Transitions(observation, action, number, observation, number)
+    buffer = Buffer(num_tasks, 1, size)
+    buffer.added = 1  # of zeros: only shapes count
+    batches = buffer.sample(np.random.default_rng(0), UPDATES, config.samples)
     found = {}
     for method in ("joint", "pcgrad"):
         programs = make_programs(config, method, size, num_tasks)
         shapes = (
             jax.eval_shape(programs.init, jax.random.key(0)),
-            sac.Transitions(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in batches)),
+            batches,
             jax.eval_shape(jax.random.PRNGKey, 0),
         )
         placed = jax.tree.map(
