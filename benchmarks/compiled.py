@@ -217,7 +217,7 @@ def launches(compiled):
     """How many kernels a GPU program launches in all, loops within loops included."""
     lines = computations(compiled)
 
-    def of(name):
+    def of(name: str) -> int:
         loops = re.findall(
             r" while\(.*body=%?([\w.-]+).*known_trip_count\D*(\d+)", "\n".join(lines[name])
         )
