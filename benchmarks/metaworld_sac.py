@@ -44,9 +44,10 @@ from rich.table import Table
 from scipy import stats
 
 import optax_surgery as surgery
-from benchmarks import metaworld_tasks, methods, sac, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks import metaworld_tasks, sac
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 
 DISCOUNT, POLYAK, LARGEST_NORM = 0.99, 0.005, 1.0
 UPDATES = 10  # in one program, between as many steps of the environments
@@ -541,7 +542,7 @@ def launches_on_h100(config, num_tasks, size):
 
     No device is needed, but the compiler, of the extra `compiled`. Without it there are none.
     """
-    from benchmarks import compiled
+    from benchmarks.systems import compiled
 
     if importlib.util.find_spec(compiled.COMPILERS["h100"]) is None:
         return {}

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.data import DATA_DIR, NUM_CLASSES, SOURCES, load
-from benchmarks.progress import Progress
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
+from benchmarks.multi_mnist_data import NUM_CLASSES, SOURCES, load
 from optax_surgery.flax import SurgeryTrainState
 
 TASKS = ("top left", "bottom right")

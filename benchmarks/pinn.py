@@ -43,9 +43,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods, pinn_equations, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.data import DATA_DIR
+from benchmarks import pinn_equations
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
 from benchmarks.pinn_equations import EQUATIONS
 
 # With the weightings of physics code.

@@ -41,9 +41,10 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods, qm9_data, statistics, sweep
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks import qm9_data
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 from optax_surgery.flax import SurgeryTrainState
 
 TASKS = tuple(qm9_data.TARGETS)

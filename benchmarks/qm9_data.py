@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data import DATA_DIR
+from benchmarks.common.command_line import DATA_DIR
 
 NUM_MOLECULES = 130_831
 FILES = ("qm9_part1.csv", "qm9_part2.csv", "qm9_part3.csv")

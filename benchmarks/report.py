@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import statistics, sweep
-from benchmarks.command_line import FORMAT, Parser, check_output, parse, write
+from benchmarks.common import statistics, sweep
+from benchmarks.common.command_line import FORMAT, Parser, check_output, parse, write
 
 SUMMARIES = Path("benchmarks/results")  # under version control
 BASELINES = ("sum", "linear")

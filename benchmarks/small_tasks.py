@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
-from benchmarks.speed import aggregation, torch
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
+from benchmarks.systems.speed import aggregation, torch
 
 METHODS = {
     "aligned_mtl": (surgery.aligned_mtl, "AlignedMTL"),

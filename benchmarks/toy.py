@@ -37,8 +37,8 @@ from rich.table import Table
 from scipy import optimize
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 from optax_surgery import plotting
 
 LEARNING_RATE = 1e-3

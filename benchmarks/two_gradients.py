@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, check_output, write
+from benchmarks.common.command_line import Parser, check_output, write
 
 PICTURES = Path(__file__).parent / "pictures"
 TASK_GRADS = jnp.array([[2.4, 0.35], [-0.75, 0.95]])

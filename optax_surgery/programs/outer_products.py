@@ -20,7 +20,7 @@ from optax_surgery import products
 from optax_surgery.programs import flat
 
 # What it costs to write a number and to read it again, in multiplications. An estimate: with it, no
-# network of `benchmarks.step_cost` takes a way on a CPU that is much slower than its stack.
+# network of `benchmarks.systems.step_cost` takes a way on a CPU that is much slower than its stack.
 _MOVE = 16
 
 

@@ -2,7 +2,7 @@
 
 import types
 
-from benchmarks import compiled
+from benchmarks.systems import compiled
 
 PROGRAM = """\
 %inner (x: f32[]) -> f32[] {

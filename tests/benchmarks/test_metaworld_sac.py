@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from benchmarks import metaworld_sac, metaworld_tasks, sac
-from benchmarks.command_line import Parser, parse
+from benchmarks.common.command_line import Parser, parse
 
 NAMES = ("drawer-close-v3", "reach-v3")
 SIZE = 2 + len(NAMES)

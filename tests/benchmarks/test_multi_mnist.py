@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from benchmarks import data, multi_mnist
+from benchmarks import multi_mnist
+from benchmarks import multi_mnist_data as data
 
 pytestmark = pytest.mark.xdist_group("multi_mnist")  # they share data and programs
 METHODS = "single", "sum", "pcgrad"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from benchmarks import networks
+from benchmarks.images import networks
 
 NYUV2 = {"segmentation": 13, "depth": 1, "normals": 3}
 IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)

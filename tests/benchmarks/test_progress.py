@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import progress
+from benchmarks.common import progress
 
 
 @pytest.fixture

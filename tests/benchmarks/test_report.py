@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.command_line import as_json
+from benchmarks.common.command_line import as_json
 
 SHIFTS = {"single": 0.0, "sum": -4.0, "linear": -3.9, "pcgrad": -2.0, "mgda": -4.0}
 

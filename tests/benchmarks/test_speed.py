@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import optax_surgery as surgery
-from benchmarks import speed
+from benchmarks.systems import speed
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import methods, statistics, sweep
-from benchmarks.command_line import Parser
+from benchmarks.common import methods, statistics, sweep
+from benchmarks.common.command_line import Parser
 
 
 def test_delta_m_is_that_of_the_published_table():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import step_cost
+from benchmarks.systems import step_cost
 
 SMALL = ["--networks", "transformer", "unequal", "samples", "--tasks", "2", "--samples", "3"]
 SMALL += ["--rounds", "1"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compiled  # before JAX looks for devices
+from benchmarks.systems import compiled  # before JAX looks for devices
 from optax_surgery.products import gpu, tpu
 
 # A scalar, few coordinates, a divisor that is a good length, none (elementwise, then blocks), and

@@ -6,8 +6,8 @@ is read: multiplications, memory beside the arguments, and what the chips send t
 own counts take a loop's body once; here it counts as often as it runs. One row is the plain step,
 the gradient of the summed losses; the others are a PCGrad step on stacked gradients, and the exact
 one without a stack. Shared data: a loss for each of T kinds of tokens. Own data: one task a chip.
-Needs `pip install -e ".[compiled]"`; run `python -m benchmarks.compiled_transformer`. A program
-takes two to five minutes to compile on one core.
+Needs `pip install -e ".[compiled]"`; run `python -m benchmarks.systems.compiled_transformer`. A
+program takes two to five minutes to compile on one core.
 """
 
 import collections
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
 
 COMPILER = "libtpu"
 CHIPS = 16
@@ -447,7 +447,7 @@ def table_of(rows):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.compiled_transformer", description=__doc__)
+    parser = Parser("python -m benchmarks.systems.compiled_transformer", description=__doc__)
     config = parse(parser, Config, argv)
     path = config.out / "results.json"
     check_output(parser, [path], config.overwrite)

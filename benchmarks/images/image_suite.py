@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks import methods
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
-from benchmarks.statistics import delta_m, interval_95, mean_ranks, paired_tests
-from benchmarks.sweep import finished_runs, save_run
-from benchmarks.training import (
+from benchmarks.common import methods
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
+from benchmarks.common.statistics import delta_m, interval_95, mean_ranks, paired_tests
+from benchmarks.common.sweep import finished_runs, save_run
+from benchmarks.images.training import (
     DataError,
     Problem,
     Split,
@@ -74,7 +74,7 @@ def best_epoch(curves, score):
 
 def run(make_suite, config_class, description, name, argv):
     """The command line of a script. `make_suite` makes its `Suite` from the options."""
-    parser = Parser(f"python -m benchmarks.{name}", description=description)
+    parser = Parser(f"python -m benchmarks.images.{name}", description=description)
     config = parse(parser, config_class, argv)
     suite = make_suite(config)
     seeds = range(config.seeds)

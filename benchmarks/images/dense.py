@@ -14,8 +14,8 @@ import optax
 from jax.scipy.ndimage import map_coordinates
 
 import optax_surgery as surgery
-from benchmarks.networks import PSPNet, SegNet, predict
-from benchmarks.training import DataError, Problem, Split, read_array
+from benchmarks.images.networks import PSPNet, SegNet, predict
+from benchmarks.images.training import DataError, Problem, Split, read_array
 
 SCALES = (1.0, 1.2, 1.5)  # of the random crops
 # The share of normals within so many degrees.

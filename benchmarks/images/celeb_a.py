@@ -3,7 +3,7 @@
 The nine-layer network and the protocol of FAMO and FairGrad: 15 epochs, batches of 256, Adam with
 a rate of 3e-4, images of 64 x 64; the F1 of each attribute on the test set, at the epoch whose mean
 F1 on the validation set is best. The mean error, which the PCGrad paper reports, stands beside it.
-Run `python -m benchmarks.celeb_a`.
+Run `python -m benchmarks.images.celeb_a`.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import optax
 from PIL import Image
 
 import optax_surgery as surgery
-from benchmarks import image_suite
-from benchmarks.networks import CelebANet, predict
-from benchmarks.training import TFDS_DIR, Problem, Split, read_record, tfds_sources
+from benchmarks.images import image_suite
+from benchmarks.images.networks import CelebANet, predict
+from benchmarks.images.training import TFDS_DIR, Problem, Split, read_record, tfds_sources
 
 TASKS = (
     "5_o_Clock_Shadow",

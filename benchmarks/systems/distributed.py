@@ -2,11 +2,12 @@
 
 A network for MultiMNIST is trained under `jax.distributed`: every process reads its rows of each
 batch, parameters are replicated, and `chain(pcgrad(), adam)` runs inside one `jit` over all
-devices. Run `python -m benchmarks.distributed --processes 2 4`: it starts the processes on
+devices. Run `python -m benchmarks.systems.distributed --processes 2 4`: it starts the processes on
 this machine, first one for reference, and says how far apart the trained parameters are.
 
 On a TPU pod, under SLURM or wherever else `jax.distributed.initialize()` finds out by itself who
-is who, only the launcher differs: start `python -m benchmarks.distributed --member` on every host.
+is who, only the launcher differs: start `python -m benchmarks.systems.distributed --member` on
+every host.
 """
 
 import contextlib
@@ -36,9 +37,9 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.data import DATA_DIR, NUM_CLASSES, load
-from benchmarks.progress import Progress
+from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
+from benchmarks.multi_mnist_data import NUM_CLASSES, load
 
 NUM_TASKS = 2
 # The order of sums differs with the number of devices, and training makes rounding errors grow:
@@ -189,7 +190,8 @@ def free_port():
 
 def launch(num_processes, config, folder):
     """Runs a job on this machine and returns what its first process wrote."""
-    command = [sys.executable, "-m", "benchmarks.distributed", "--member", "--out", str(folder)]
+    module = "benchmarks.systems.distributed"
+    command = [sys.executable, "-m", module, "--member", "--out", str(folder)]
     for name in ("steps", "batch_size", "learning_rate", "data_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     address = f"127.0.0.1:{free_port()}"
@@ -335,7 +337,7 @@ def make_figure(jobs):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.distributed", description=__doc__)
+    parser = Parser("python -m benchmarks.systems.distributed", description=__doc__)
     config = parse(parser, Config, argv)
     names = [JOB_FILE] if config.member else ["results.json", "distributed.png"]
     files = [config.out / name for name in names]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command_line import Parser, as_json, write
+from benchmarks.common.command_line import Parser, as_json, write
 
 # What chooses runs, or says where things are. All other options shape the runs themselves.
 NOT_OF_A_RUN = frozenset(

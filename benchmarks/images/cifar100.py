@@ -4,7 +4,7 @@ Each task has images of its own, 2,500 to train on and 500 to test with, and the
 network of the PCGrad paper: three convolutions and two fully connected layers. With `--network
 routed` a task chooses one of twenty blocks for each fully connected layer, and learns to choose
 by reinforcement, as in routing networks (Rosenbaum, Klinger and Riemer 2018).
-Run `python -m benchmarks.cifar100`.
+Run `python -m benchmarks.images.cifar100`.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 import optax_surgery as surgery
-from benchmarks import image_suite
-from benchmarks.networks import ConvNet
-from benchmarks.training import (
+from benchmarks.images import image_suite
+from benchmarks.images.networks import ConvNet
+from benchmarks.images.training import (
     TFDS_DIR,
     DataError,
     Problem,

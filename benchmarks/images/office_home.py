@@ -4,7 +4,7 @@ The protocol of LibMTL and DB-MTL: ResNet-18, a linear head for each style, 100 
 of 64 images of each style at 224 x 224, Adam with 1e-4 and a weight decay of 1e-5; 60% of the
 images to train on, 20% to choose the epoch and 20% to test with. There ResNet-18 starts from
 ImageNet and the split is a list of files; here its weights are random and the split is drawn, the
-same one every time. Run `python -m benchmarks.office_home --data-dir FOLDER`.
+same one every time. Run `python -m benchmarks.images.office_home --data-dir FOLDER`.
 
 The folder is as https://www.hemanthdv.org/officeHomeDataset.html hands it out: `Art`, `Clipart`,
 `Product` and `Real World`, each with a folder for each class, each with JPEG images.
@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import optax_surgery as surgery
-from benchmarks import image_suite
-from benchmarks.networks import ImageClassifier, normalise, predict, resnet18
-from benchmarks.training import DataError, Problem, Split, read_image, side_by_side
+from benchmarks.images import image_suite
+from benchmarks.images.networks import ImageClassifier, normalise, predict, resnet18
+from benchmarks.images.training import DataError, Problem, Split, read_image, side_by_side
 
 TASKS = ("Art", "Clipart", "Product", "Real World")
 CLASSES = 65

@@ -20,6 +20,8 @@ import numpy as np
 
 # Of what a results file holds and means. A file of another one is refused.
 FORMAT = 1
+# Where the benchmarks keep prepared data between runs.
+DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optax_surgery"
 PACKAGES = ("optax_surgery", "jax", "jaxlib", "optax", "flax", "numpy", "tensorflow_datasets")
 
 

@@ -5,8 +5,8 @@ and a small transformer, against TorchJD on the same arrays, against PCGrad as i
 in JAX, and against `jnp.mean`. The floor is what no surgery can do without: to read the stack
 twice and to write the update once, timed in the same run. All take turns in every round. Before
 that, what it takes to trace, lower and compile each method, against the same rule between plain
-products. Run `python -m benchmarks.speed`; the peers are the extra `peers`, and who is missing is
-named.
+products. Run `python -m benchmarks.systems.speed`; the peers are the extra `peers`, and who is
+missing is named.
 """
 
 import collections
@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 
 
 def peers() -> tuple[Any, Any, Any]:
@@ -750,7 +750,7 @@ def machine(busy):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.speed", description=__doc__)
+    parser = Parser("python -m benchmarks.systems.speed", description=__doc__)
     config = parse(parser, Config, argv)
     files = config.out / "results.json", config.out / "speed.png"
     check_output(parser, files, config.overwrite)

@@ -8,7 +8,7 @@ shapes), or every sample is a task. All but the plain way end in PCGrad; for sam
 which TorchJD has no likeness: its autogram is measured with its own UPGrad's Gramian, where it is
 installed, over a plain step of PyTorch. Time is the least of rounds in which the ways take turns,
 memory what the compiler reports for temporaries and outputs.
-Run `python -m benchmarks.step_cost`.
+Run `python -m benchmarks.systems.step_cost`.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.networks import resnet18
-from benchmarks.progress import Progress
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
+from benchmarks.images.networks import resnet18
 
 CHUNK = 4  # tasks differentiated at once in the chunked way
 COLOURS = {
@@ -420,7 +420,7 @@ def make_figure(results):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.step_cost", description=__doc__)
+    parser = Parser("python -m benchmarks.systems.step_cost", description=__doc__)
     config = parse(parser, Config, argv)
     files = config.out / "results.json", config.out / "cost.png"
     check_output(parser, files, config.overwrite)

@@ -24,9 +24,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import optax_surgery as surgery
-from benchmarks.command_line import write
-from benchmarks.networks import shared
-from benchmarks.sweep import stamp
+from benchmarks.common.command_line import write
+from benchmarks.common.sweep import stamp
+from benchmarks.images.networks import shared
 from optax_surgery.flax import SurgeryTrainState
 
 TFDS_DIR = Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")

@@ -6,7 +6,7 @@ of the last 10 epochs on the validation images. With `--protocol three --height 
 is that of Aligned-MTL: 19 classes, instances (for every pixel, the way from the centre of its
 instance) and disparity, predicted 8 times smaller than the image by PSPNet, with mirrored images.
 There PSPNet starts from ImageNet and images are rotated too; here its weights are random, and
-images stay upright. Run `python -m benchmarks.cityscapes --data-dir FOLDER`.
+images stay upright. Run `python -m benchmarks.images.cityscapes --data-dir FOLDER`.
 
 The folder is as https://www.cityscapes-dataset.com hands it out: `leftImg8bit`, `gtFine` and
 `disparity` (packages leftImg8bit_trainvaltest, gtFine_trainvaltest, disparity_trainvaltest), each
@@ -23,9 +23,9 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from benchmarks import dense, image_suite
-from benchmarks.networks import PSPNet
-from benchmarks.training import DataError, Split, read_image
+from benchmarks.images import dense, image_suite
+from benchmarks.images.networks import PSPNet
+from benchmarks.images.training import DataError, Split, read_image
 
 OUTPUTS = {
     "two": {"segmentation": 7, "depth": 1},

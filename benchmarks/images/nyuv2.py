@@ -3,7 +3,7 @@
 The protocol that papers have shared since MTAN: SegNet-MTAN, 200 epochs of batches of 2, Adam with
 1e-4, halved at epoch 100, random scale and mirror, and the mean of the last 10 epochs on the test
 set. `--network pspnet` is Aligned-MTL's other network, which there starts from ImageNet and here
-from random weights. Run `python -m benchmarks.nyuv2 --data-dir FOLDER`.
+from random weights. Run `python -m benchmarks.images.nyuv2 --data-dir FOLDER`.
 
 The data are the set that the MTAN authors prepared; https://github.com/lorenmt/mtan says where to
 download it. The folder holds `train` and `val`, each with `image`, `label`, `depth` and `normal`,
@@ -14,7 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from benchmarks import dense, image_suite
+from benchmarks.images import dense, image_suite
 
 OUTPUTS = {"segmentation": 13, "depth": 1, "normals": 3}
 FIELDS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}

@@ -6,7 +6,7 @@ between devices. First the leaves of a ResNet-50, of a transformer and awkward o
 programs of its own: the two products that read the stack (the Gramian and the combination), and
 an update, which is to hold no copy of it. Then whole programs: the updates of PCGrad and
 Aligned-MTL and a training step of a small network, on one device and on four. Needs
-`pip install -e ".[compiled]"`; run `python -m benchmarks.compiled`.
+`pip install -e ".[compiled]"`; run `python -m benchmarks.systems.compiled`.
 """
 
 import collections
@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.progress import Progress
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.progress import Progress
 
 # The compiler for a GPU needs no CUDA libraries; JAX looks for them when it looks for devices.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -437,7 +437,7 @@ def available_devices(parser, config):
 
 
 def main(argv=None):
-    parser = Parser("python -m benchmarks.compiled", description=__doc__)
+    parser = Parser("python -m benchmarks.systems.compiled", description=__doc__)
     config = parse(parser, Config, argv)
     files = config.out / "results.json", config.out / "bytes.png"
     check_output(parser, files, config.overwrite)
