@@ -6,6 +6,7 @@ touches the network unless the source is "tfds", which downloads all of MNIST.
 
 import contextlib
 import gzip
+import os
 
 import numpy as np
 import tensorflow_datasets as tfds
