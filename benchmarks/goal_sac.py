@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -36,14 +35,20 @@ import optax
 from jax import lax
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import sac
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import (
+    GOES_ON,
+    Parser,
+    as_json,
+    check_output,
+    parse,
+    run_main,
+    write,
+)
 from benchmarks.common.progress import Progress
 
 GOALS = np.array(list(itertools.product((-1.2, 0.0, 1.2), repeat=2)), np.float32)
@@ -103,6 +108,7 @@ FullConfig = dataclasses.make_dataclass(
     bases=(Config,),
     frozen=True,
 )
+FullConfig.__module__ = __name__  # of Python 3.11 it would be that of dataclasses
 
 
 # --- The environments
@@ -541,10 +547,7 @@ def make_table(rows, results):
     baseline = baseline_of(results)
     against = f"against\n{baseline}"
     headings = ("area under\nsuccess", against, "success\nat the end", against, "worst\ntask")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method")
-    for heading in (*headings, "reward\nat the end"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = study.make_table("method", *headings, "reward\nat the end")
     for method, row in sorted(rows.items(), key=lambda item: -item[1]["area"]["mean"]):
         cells = []
         for figure in (row["area"], row["final"]):
@@ -755,7 +758,7 @@ def train_left(parser, config, setting, results, progress):
                 failed[method] = seeds
                 continue
             results[method] = seen | {"cpu_seconds": seconds}
-            sweep.save_run(config, files[method], results[method])
+            study.save_run(config, files[method], results[method])
     if failed:
         told = "; ".join(f"{m} with seed {', '.join(map(str, s))}" for m, s in failed.items())
         parser.error(
@@ -767,7 +770,7 @@ def train_left(parser, config, setting, results, progress):
 def train_all(parser, config, settings):
     """{setting: {method: what was seen}}. What is finished is files, and kept."""
     found = {
-        setting: sweep.finished_runs(
+        setting: study.finished_runs(
             parser, of_setting(config, setting), run_files(config, setting)
         )
         for setting in settings
@@ -844,14 +847,11 @@ def main(argv=None):
     reports = [report_setting(console, each, results[each], config) for each in settings]
     console.print(f"\n{LEGEND}", soft_wrap=True)
     told, drawn = zip(*reports, strict=True)
-    text = as_json(config, settings=told, by_seed=by_seed(told))
+    behaviour = methods.behaviour(config.methods)
+    text = as_json(config, behaviour=behaviour, settings=told, by_seed=by_seed(told))
     write(dict(zip(files, (text, *drawn), strict=True)))
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

@@ -20,7 +20,6 @@ import importlib.metadata
 import io
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -35,14 +34,21 @@ import numpy as np
 import optax
 from jax import lax
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import metaworld_tasks
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import (
+    DATA_DIR,
+    GOES_ON,
+    Parser,
+    as_json,
+    check_output,
+    parse,
+    run_main,
+    write,
+)
 from benchmarks.common.progress import Progress
 from benchmarks.sac import Network
 from optax_surgery.flax import SurgeryTrainState
@@ -402,17 +408,9 @@ def short(name):
     return name.removesuffix("-v3")
 
 
-def make_table(heading, *methods):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(heading, no_wrap=True)
-    for method in methods:
-        table.add_column(method, justify="right", no_wrap=True)
-    return table
-
-
 def make_task_table(names, results, expert):
     """Success per task, with the intervals over seeds."""
-    table = make_table("success", *results, "expert")
+    table = study.make_table("success", *results, "expert")
     for task, name in enumerate(names):
         cells = []
         for result in results.values():
@@ -423,7 +421,9 @@ def make_task_table(names, results, expert):
 
 
 def make_method_table(board, results):
-    table = make_table("method", "success", "against\nmean", "p, Holm", "last loss", "CPU seconds")
+    table = study.make_table(
+        "method", "success", "against\nmean", "p, Holm", "last loss", "CPU seconds"
+    )
     for method, row in board.items():
         test = row["against_mean"]
         table.add_row(
@@ -578,7 +578,7 @@ def draw_losses(axes, results, colours, config):
 def run_all(parser, config, names):
     """The results of all methods, those that are finished from their files; and the experts'."""
     files = {method: config.out / "runs" / f"{method}.json" for method in config.methods}
-    results = sweep.finished_runs(parser, config, files)
+    results = study.finished_runs(parser, config, files)
     left = [method for method in files if method not in results]
     with Progress(len(left)) as progress:
         seeds = []
@@ -590,7 +590,7 @@ def run_all(parser, config, names):
             began = time.process_time()
             found = train_method(method, config, data, names, progress.describe)
             results[method] = found | {"cpu_seconds": time.process_time() - began}
-            sweep.save_run(config, files[method], results[method])
+            study.save_run(config, files[method], results[method])
             progress.advance()
     expert = np.mean([each["expert"] for each in seeds], axis=0)
     return {method: results[method] for method in files}, expert
@@ -632,6 +632,7 @@ def report(config, files, names, results, expert):
         tasks=list(names),
         expert=expert,
         findings=findings,
+        behaviour=methods.behaviour(config.methods),
         methods=board,
         by_seed=[
             {
@@ -647,8 +648,4 @@ def report(config, files, names, results, expert):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

@@ -25,7 +25,6 @@ import importlib.util
 import io
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -38,15 +37,13 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from scipy import stats
 
 import optax_surgery as surgery
 from benchmarks import metaworld_tasks, sac
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, run_main, write
 from benchmarks.common.progress import Progress
 
 DISCOUNT, POLYAK, LARGEST_NORM = 0.99, 0.005, 1.0
@@ -329,7 +326,7 @@ class Checkpoints:
     def __init__(self, folder, config):
         import orbax.checkpoint
 
-        self.orbax, self.stamp = orbax.checkpoint, sweep.stamp(config)
+        self.orbax, self.stamp = orbax.checkpoint, study.stamp(config)
         self.manager = orbax.checkpoint.CheckpointManager(
             folder.absolute(), options=orbax.checkpoint.CheckpointManagerOptions(max_to_keep=1)
         )
@@ -359,7 +356,7 @@ class Checkpoints:
         about = self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
         for part, expected in self.stamp.items():
             if about.get(part) != expected:
-                what = sweep.difference(about, part, expected)
+                what = study.difference(about, part, expected)
                 parser.error(
                     f"{self.manager.directory} is a checkpoint with another {part}: {what}: give "
                     "another --out, or --overwrite"
@@ -646,14 +643,13 @@ def compare(rows):
 
 
 def make_table(rows, names, baseline, tests, config):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     headings = ["method", "at the end,\ninterquartile\nmean", "mean ± 95%"]
     headings += [f"against\n{baseline}"] if baseline else []
     headings += ["best mean\nover training", "minutes\na run"]
     # With 50 tasks they are in the file.
     shown = names if len(names) <= 10 else ()
-    for heading in (*headings, *(name.removesuffix("-v3").replace("-", "\n") for name in shown)):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    of_tasks = (name.removesuffix("-v3").replace("-", "\n") for name in shown)
+    table = study.make_table(*headings, *of_tasks)
     for method, row in rows.items():
         cells = [
             f"{row['interquartile_mean']:.3f}",
@@ -801,7 +797,7 @@ def train_all(parser, config, names):
     """The results of all runs. Those that are finished are files, and kept."""
     runs = [Run(m, config.first_seed + s) for m in config.methods for s in range(config.seeds)]
     files = {run: config.out / "runs" / f"{run.name}.json" for run in runs}
-    results = sweep.finished_runs(parser, config, files)
+    results = study.finished_runs(parser, config, files)
     left = [run for run in runs if run not in results]
     if not left:
         return {run: results[run] for run in runs}
@@ -819,7 +815,7 @@ def train_all(parser, config, names):
             environments = metaworld_tasks.Tasks(names, run.seed, config.rewards)
             programs = make(run.method, environments.size, len(names))
             results[run] = train(parser, config, run, names, programs, environments, evaluate, told)
-            sweep.save_run(config, files[run], results[run])
+            study.save_run(config, files[run], results[run])
             shutil.rmtree(config.out / "checkpoints" / run.name)
     return {run: results[run] for run in runs}
 
@@ -841,6 +837,7 @@ def report(config, names, results, files):
         only_metaworld=sorted(metaworld_tasks.ONLY_METAWORLD & set(names)),
         published=PUBLISHED,
         findings=findings,
+        behaviour=methods.behaviour(config.methods),
         against=tests,
         summary=rows,
         by_seed=[
@@ -893,8 +890,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: the same command goes on from the last evaluation.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, "the same command goes on from the last evaluation")

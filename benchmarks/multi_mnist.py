@@ -9,11 +9,9 @@ task's gradients dominate, `--noise` spoils its labels. Run `python -m benchmark
 
 import dataclasses
 import functools
-import io
-import sys
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -22,14 +20,10 @@ import numpy as np
 import optax
 from jax import lax
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
-from benchmarks.common.progress import Progress
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import DATA_DIR, GOES_ON, Parser, check_output, parse, run_main
 from benchmarks.multi_mnist_data import NUM_CLASSES, SOURCES, load
 from optax_surgery.flax import SurgeryTrainState
 
@@ -175,25 +169,10 @@ def same_task_cosine(state, tasks, halves, examples):
 # --- All runs of a method, vmapped
 
 
-class Runs(NamedTuple):
-    """What distinguishes the runs of a method: arrays whose leading axis is that of the runs."""
-
-    seeds: np.ndarray
-    tasks: np.ndarray
-    learning_rates: np.ndarray
-    loss_weights: np.ndarray
-
-
 train_runs = jax.jit(jax.vmap(train, (0, 0, 0, 0, None)))
 accuracy_runs = jax.jit(jax.vmap(accuracy, (0, 0, None)))
 same_task_cosine_runs = jax.jit(jax.vmap(same_task_cosine, (0, 0, 0, None)))
 make_net = functools.cache(MultiTaskNet)
-
-
-def groups_of(method):
-    """The tasks of each network that a seed stands for: one network, or one a task."""
-    numbers = np.arange(len(TASKS))
-    return numbers[:, None] if method == "single" else numbers[None, :]
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
@@ -244,41 +223,12 @@ def advance_runs(states, runs, turn, length, config, examples):
     return states, seen, time.perf_counter() - began
 
 
-def tune(method, width, config, splits, lengths):
-    """The learning rate and the weights that validate best, for each network of a seed.
-
-    Returns rates (groups,), weights (groups, T) and the accuracies in % that they were chosen by,
-    (weightings, rates, groups, seeds).
-    """
-    groups = groups_of(method)
-    rates = np.array(config.learning_rates, np.float32)
-    candidates = methods.loss_weights(method, len(TASKS), config.weightings)
-    if len(rates) * len(candidates) == 1:
-        return rates.repeat(len(groups)), candidates.repeat(len(groups), axis=0), None
-    # As many networks as are trained in the end, so that nothing is compiled twice.
-    shape = len(rates), len(groups), max(1, config.seeds // len(rates))
-    rate, group, seed = (each.ravel() for each in np.indices(shape))
-    scores = []
-    for weights in candidates:
-        runs = Runs(seed, groups[group], rates[rate], np.tile(weights, (len(seed), 1)))
-        states = start(method, width, runs, config, splits["train"])
-        for turn, length in enumerate(lengths):
-            states, *_ = advance_runs(states, runs, turn, length, config, splits["train"])
-        found = accuracy_runs(states, runs.tasks, splits["validation"])
-        scores.append(100 * np.mean(found, axis=1).reshape(shape))
-    scores = np.stack(scores)
-    chosen = [sweep.best(scores[:, :, group]) for group in range(len(groups))]
-    return rates[[rate for _, rate in chosen]], candidates[[n for n, _ in chosen]], scores
-
-
-def every_seed(method, rates, weights, config):
-    """The runs of all seeds, with what was chosen for each of a seed's networks."""
-    groups = groups_of(method)
-    seeds = np.arange(config.seeds).repeat(len(groups))
-    several = config.seeds, 1
-    return Runs(
-        seeds, np.tile(groups, several), np.tile(rates, config.seeds), np.tile(weights, several)
-    )
+def validate(runs, method, width, config, splits, lengths):
+    """The mean accuracies in % of runs that are trained from their start."""
+    states = start(method, width, runs, config, splits["train"])
+    for turn, length in enumerate(lengths):
+        states, *_ = advance_runs(states, runs, turn, length, config, splits["train"])
+    return 100 * np.mean(accuracy_runs(states, runs.tasks, splits["validation"]), axis=1)
 
 
 def train_method(method, width, config, splits, lengths, advance):
@@ -288,10 +238,16 @@ def train_method(method, width, config, splits, lengths, advance):
     `sum`, and curves of shape (points, seeds, ...).
     """
     examples = splits["train"]
-    rates, weights, scores = tune(method, width, config, splits, lengths)
-    runs = every_seed(method, rates, weights, config)
+    choice = study.tune(
+        method,
+        len(TASKS),
+        config,
+        lambda runs: validate(runs, method, width, config, splits, lengths),
+    )
+    runs = study.every_seed(method, len(TASKS), choice, config)
     states = start(method, width, runs, config, examples)
-    others = every_seed("sum", rates[:1], weights[:1], config)
+    of_first = study.Choice(choice.learning_rates[:1], choice.loss_weights[:1], None)
+    others = study.every_seed("sum", len(TASKS), of_first, config)
     other_states = start("sum", width, others, config, examples)
     points, ratios = [], [1.0] if method == "sum" else []
     for turn, length in enumerate(lengths):
@@ -310,9 +266,7 @@ def train_method(method, width, config, splits, lengths, advance):
         points.append({n: np.asarray(each).reshape(config.seeds, -1) for n, each in seen.items()})
         advance()
     return {
-        "learning_rates": rates,
-        "loss_weights": weights,
-        "validation": scores,
+        **choice._asdict(),
         "time_relative_to_sum": float(np.median(ratios)) if ratios else None,
         "curves": {name: np.stack([point[name] for point in points]) for name in points[0]},
     }
@@ -344,15 +298,13 @@ def compare(summaries):
 
 
 def make_table(summaries, comparisons, times):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     headings = ("against\nsum", "conflict", "cosine", "same\ntask", "time")
-    for heading in ("width", "method", "top\nleft", "bottom\nright", "mean", *headings):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    table = study.make_table("method", "width", "top\nleft", "bottom\nright", "mean", *headings)
     for (width, method), summary in summaries.items():
         mean, joint = summary["mean_accuracy"], "cosine" in summary
         table.add_row(
-            f"{width}",
             method,
+            f"{width}",
             *(f"{each.mean():.1f}" for each in summary["accuracy"].T),
             f"{mean.mean():.1f} ± {mean.std(ddof=1):.1f}",
             comparisons.get((width, method), {"verdict": ""})["verdict"],
@@ -467,31 +419,6 @@ def make_results(results, summaries, comparisons):
 # --- The command line
 
 
-def train_all(parser, config, lengths):
-    """The results of all runs, by (width, method). Those that are finished are files, and kept."""
-    files = {
-        (width, method): config.out / "runs" / f"{method}-{width}.json"
-        for width in config.widths
-        for method in config.methods
-    }
-    results = sweep.finished_runs(parser, config, files)
-    left = [run for run in files if run not in results]
-    with Progress(len(left) * len(lengths), "Reading the data") as progress:
-        splits = read_data(parser, config) if left else None
-        for width, method in left:
-            progress.describe(f"Training, width {width}, {method}")
-            began = time.process_time()
-            result = train_method(method, width, config, splits, lengths, progress.advance)
-            result["cpu_seconds"] = time.process_time() - began
-            sweep.save_run(config, files[width, method], result)
-            results[width, method] = result
-    for result in results.values():
-        # From a file they come as lists, with None for NaN.
-        curves = result["curves"].items()
-        result["curves"] = {name: np.asarray(curve, float) for name, curve in curves}
-    return {run: results[run] for run in files}
-
-
 def read_data(parser: Parser, config):
     """The splits, with a share of the first task's training labels replaced."""
     try:
@@ -514,35 +441,43 @@ def main(argv=None):
     files = config.out / "results.json", config.out / "curves.png"
     check_output(parser, files, config.overwrite)
     lengths = [len(part) for part in np.array_split(range(config.steps), POINTS) if len(part)]
-    results = train_all(parser, config, lengths)
-    curves = {run: result["curves"] for run, result in results.items()}
+
+    def train_one(run, splits, _, advance):
+        width, method = run
+        return train_method(method, width, config, splits, lengths, advance)
+
+    results = study.train_all(
+        parser,
+        config,
+        {
+            (width, method): config.out / "runs" / f"{method}_width_{width}.json"
+            for width in config.widths
+            for method in config.methods
+        },
+        load=lambda: read_data(parser, config),
+        train=train_one,
+        counts=len(lengths),
+    )
+    curves = {
+        run: {name: np.asarray(curve, float) for name, curve in result["curves"].items()}
+        for run, result in results.items()
+    }
     times = {run: result["time_relative_to_sum"] for run, result in results.items()}
 
     summaries = {run: summarise(curve, lengths) for run, curve in curves.items()}
     comparisons = compare(summaries)
     findings = list(in_words(summaries, comparisons))
-    console = Console(highlight=False)
-    console.width = max(console.width, 110)
-    console.print(
-        make_table(summaries, comparisons, times), LEGEND, *findings, sep="\n", soft_wrap=True
-    )
-
-    picture = io.BytesIO()
-    make_figure(curves, comparisons, config, lengths).savefig(picture)
-    text = as_json(
+    study.finish(
         config,
+        files,
+        [make_table(summaries, comparisons, times), LEGEND, *findings],
+        make_figure(curves, comparisons, config, lengths),
         metrics=[f"{task}, accuracy %" for task in TASKS],
         higher_is_better=[True] * len(TASKS),
         findings=findings,
         runs=make_results(results, summaries, comparisons),
     )
-    write(dict(zip(files, (text, picture.getvalue()), strict=True)))
-    console.print(f"\nWritten: {files[0]} and {files[1]}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

@@ -23,11 +23,8 @@ So does the split, which the published code draws anew for each seed; ours is al
 
 import dataclasses
 import functools
-import io
-import sys
-import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -36,15 +33,11 @@ import numpy as np
 import optax
 from jax import lax
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import qm9_data
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
-from benchmarks.common.progress import Progress
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import GOES_ON, Parser, check_output, parse, run_main
 from optax_surgery.flax import SurgeryTrainState
 
 TASKS = tuple(qm9_data.TARGETS)
@@ -98,7 +91,7 @@ class Config:
     standardise: Annotated[bool, "losses over the variance of their target", None] = False
     learning_rates: Annotated[
         tuple, "of Adam, at the start. The best in validation is taken", 1e-9
-    ] = (3e-3, 1e-2, 3e-2)
+    ] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     schedule: Annotated[
         str, "cosine: to zero; plateau: down when validation stalls", ("cosine", "plateau")
     ] = "cosine"
@@ -208,15 +201,6 @@ def make_optimiser(update, num_tasks, learning_rate, config):
 # --- One run. It learns the tasks whose numbers are in `tasks`.
 
 
-class Runs(NamedTuple):
-    """What distinguishes the runs of a method: arrays whose leading axis is that of the runs."""
-
-    seeds: np.ndarray
-    tasks: np.ndarray
-    learning_rates: np.ndarray
-    loss_weights: np.ndarray
-
-
 def train(run, splits, update, config):
     """One run, from its seed to its errors at every point: means of |error| over the spread."""
     net, examples = MultiTaskNet(config.width, config.interactions), splits["train"]
@@ -313,54 +297,34 @@ def train_method(method, config, splits, spread, references):
     # One program for what differs in the weights of the losses only, or in where results go.
     update = "sum" if method in ("single", "linear") else method
     train_runs = make_train_runs(update, dataclasses.replace(config, out=Path()))
-    numbers = np.arange(len(TASKS))
-    # A seed has one network, or one a task, each with a learning rate of its own.
-    groups = numbers[:, None] if method == "single" else numbers[None, :]
-    rates = np.array(config.learning_rates, np.float32)
     # The weights are of losses as they come; `linear` weighs standardised ones.
     scales = np.ones(len(TASKS)) if method == "linear" else loss_scales(spread, config)
-    candidates = methods.loss_weights(method, len(TASKS), config.weightings)
-    # About as many networks as are trained in the end.
-    shape = len(rates), len(groups), max(1, config.seeds // len(rates))
-    rate, group, seed = (each.ravel() for each in np.indices(shape))
 
-    def tested(runs, shape):
-        """Errors at the best points, and all that was seen, with leading axes of `shape`."""
-        seen = train_runs(runs, splits)
-        seen = {n: np.asarray(each).reshape(*shape, *each.shape[1:]) for n, each in seen.items()}
+    def tested(runs):
+        """Errors at the best points, their Δm, these points, and all that was seen, by run."""
+        weights = (runs.loss_weights * scales).astype(np.float32)
+        seen = {
+            n: np.asarray(each)
+            for n, each in train_runs(runs._replace(loss_weights=weights), splits).items()
+        }
         # A single-task network is chosen by its own error: any reference will do.
         found, worth = choose_points(seen["validation"], 1.0 if references is None else references)
-        at = found[..., None, None]
-        best = {n: np.take_along_axis(seen[n], at, -2)[..., 0, :] for n in ("validation", "test")}
+        at = found[:, None, None]
+        best = {n: np.take_along_axis(seen[n], at, 1)[:, 0] for n in ("validation", "test")}
         return best, worth, found, seen
 
-    scores = np.full((len(candidates), *shape), np.nan)
-    if len(rates) * len(candidates) > 1:
-        for n, weights in enumerate(candidates):
-            each = np.tile((weights * scales).astype(np.float32), (len(seed), 1))
-            _, worth, *_ = tested(Runs(seed, groups[group], rates[rate], each), shape)
-            scores[n] = -worth
-    best = [sweep.best(scores[:, :, one]) for one in range(len(groups))]
-    weights, chosen = (np.array(each) for each in zip(*best, strict=True))
-    several = config.seeds, 1
-    runs = Runs(
-        np.arange(config.seeds).repeat(len(groups)),
-        np.tile(groups, several),
-        np.tile(rates[chosen], config.seeds),
-        np.tile((candidates[weights] * scales).astype(np.float32), several),
-    )
-    errors, _, points, seen = tested(runs, (config.seeds, len(groups)))
+    choice = study.tune(method, len(TASKS), config, lambda runs: -tested(runs)[1])
+    errors, _, points, seen = tested(study.every_seed(method, len(TASKS), choice, config))
+    standardised = errors["test"].reshape(config.seeds, -1)
     units = spread * REPORTED
     return {
-        "learning_rates": rates[chosen],
-        "loss_weights": candidates[weights],
-        "scores": scores,
-        "points": points,
+        **choice._asdict(),
+        "points": study.by_seed(points, config),
         "validation": errors["validation"].reshape(config.seeds, -1) * units,
-        "metrics": errors["test"].reshape(config.seeds, -1) * units,
-        "standardised": errors["test"].reshape(config.seeds, -1),
-        "curve": seen["validation"].mean(axis=(1, -1)),
-        "cosines": None if method == "single" else seen["cosines"][:, 0],
+        "metrics": standardised * units,
+        "standardised": standardised,
+        "curve": study.by_seed(seen["validation"], config).mean(axis=(1, -1)),
+        "cosines": None if method == "single" else seen["cosines"],
     }
 
 
@@ -371,15 +335,10 @@ def number(value):
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def make_table(*headings):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("method", *headings):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    return table
-
-
 def make_error_table(board, results):
-    table = make_table(*(f"{task}\n{unit}" for task, unit in zip(TASKS, UNITS, strict=True)))
+    table = study.make_table(
+        "method", *(f"{task}\n{unit}" for task, unit in zip(TASKS, UNITS, strict=True))
+    )
     for method, row in board.items():
         spread = np.std(np.asarray(results[method]["metrics"], float), axis=0, ddof=1)
         table.add_row(method, *(number(each) for each in row["metrics"]))
@@ -390,15 +349,14 @@ def make_error_table(board, results):
 def make_comparison_table(board, results):
     against = ("against\nsum", "against\nlinear")
     published = ("published\nΔm, %", "longer\nrank", "longer\nΔm, %")
-    table = make_table("Δm, %", "rank", *against, "rate", *published)
+    table = study.make_table("method", "Δm, %", "rank", *against, "rate", *published)
     for method, row in board.items():
-        rates = np.unique(results[method]["learning_rates"])
         table.add_row(
             method,
             f"{row['delta_m']:+.1f} ± {row['interval_95']:.1f}",
             f"{row['rank']:.1f}" if row["rank"] else "",
             *(statistics.verdict(row["against"].get(other)) for other in ("sum", "linear")),
-            " ".join(f"{rate:g}" for rate in rates),
+            study.rates_of(results[method]),
             *("" if each is None else f"{each}" for each in PUBLISHED.get(method, ())),
         )
     return table
@@ -429,16 +387,7 @@ def in_words(board, results, config):
         f"{np.mean(between < -0.1):.0%} by more than -0.1; the mean cosine is "
         f"{between.mean():+.2f}, of one task on two batches {same.mean():+.2f}."
     )
-    for baseline in ("sum", "linear"):
-        for word, sign in (("better", -1), ("worse", 1)):
-            some = [
-                method
-                for method, row in board.items()
-                if (test := row["against"].get(baseline))
-                and test["differs"]
-                and sign * test["mean"] > 0
-            ]
-            yield f"Against {baseline}, {word}: {', '.join(some) or 'none'}."
+    yield from study.against_baselines(board)
     useless = [
         method
         for method, result in results.items()
@@ -448,12 +397,7 @@ def in_words(board, results, config):
         "Some target is hardly learnt (mean absolute error above 0.75 standard deviations; always "
         f"predicting the mean of a normal target has 0.80) by: {', '.join(useless) or 'none'}."
     )
-    edge = [
-        method
-        for method, result in results.items()
-        if sweep.at_the_edge(config.learning_rates, result["learning_rates"])
-    ]
-    yield f"The best learning rate is at the edge of the grid for: {', '.join(edge) or 'none'}."
+    yield study.edge_of_grid(results, config)
 
 
 def make_figure(board, results, config):
@@ -461,16 +405,7 @@ def make_figure(board, results, config):
     height = max(4.5, 2.2 + 0.2 * len(board))
     figure = Figure(figsize=(17, height), layout="constrained", dpi=150)
     worth, over_time, map_axes = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-    for place, row in enumerate(reversed(board.values())):
-        against = row["against"].get("linear")
-        better = against and against["differs"] and against["mean"] < 0
-        worse = against and against["differs"] and against["mean"] > 0
-        colour = "#009E73" if better else "#D55E00" if worse else "#555555"
-        worth.plot(row["points"], np.full(len(row["points"]), place), ".", alpha=0.35, color=colour)
-        bar = {"fmt": "|", "ms": 9, "capsize": 3, "color": colour}
-        worth.errorbar(row["delta_m"], place, xerr=row["interval_95"], **bar)
-    worth.set_yticks(range(len(board)), list(reversed(board)))
-    worth.set_ylim(-0.7, len(board) - 0.3)
+    study.draw_board(worth, board, "linear")
     worth.axvline(0, color="black", lw=0.8)
     style = {"color": "#0072B2", "lw": 1, "ls": ":", "label": "linear"}
     worth.axvline(board["linear"]["delta_m"], **style)
@@ -506,8 +441,7 @@ def make_figure(board, results, config):
     map_axes.set_yticks(range(len(TASKS)), TASKS)
     map_axes.set_title("mean over training; the diagonal is the control", fontsize=10)
     figure.colorbar(image, ax=map_axes, shrink=0.7, label="cosine")
-    for axes in (worth, over_time):
-        axes.spines[["top", "right"]].set_visible(False)
+    over_time.spines[["top", "right"]].set_visible(False)
     losses = "standardised losses" if config.standardise else "losses in the usual units"
     figure.suptitle(
         f"QM9, eleven targets, {losses}: {config.train_size:,} molecules, {config.steps:,} steps, "
@@ -519,25 +453,11 @@ def make_figure(board, results, config):
 # --- The command line
 
 
-def train_all(parser, config):
-    """The results of all methods. Those that are finished are files, and kept."""
-    files = {method: config.out / "runs" / f"{method}.json" for method in config.methods}
-    results = sweep.finished_runs(parser, config, files)
-    left = [method for method in files if method not in results]
-    with Progress(len(left), "Reading the data") as progress:
-        splits, spread = read_data(parser, config) if left else (None, None)
-        for method in left:
-            progress.describe(f"Training, {method}")
-            references = None
-            if method != "single":
-                of_single = np.array(results["single"]["validation"], float).mean(axis=0)
-                references = of_single / (spread * REPORTED)
-            began = time.process_time()
-            found = train_method(method, config, splits, spread, references)
-            results[method] = found | {"cpu_seconds": time.process_time() - began}
-            sweep.save_run(config, files[method], results[method])
-            progress.advance()
-    return {method: results[method] for method in files}
+def references_of(results, spread):
+    """The standardised validation errors of the single-task networks, once they are trained."""
+    if "single" not in results:
+        return None
+    return np.array(results["single"]["validation"], float).mean(axis=0) / (spread * REPORTED)
 
 
 def main(argv=None):
@@ -549,31 +469,35 @@ def main(argv=None):
     config = dataclasses.replace(config, methods=chosen)
     files = config.out / "results.json", config.out / "qm9.png"
     check_output(parser, files, config.overwrite)
-    results = train_all(parser, config)
+
+    def train_one(method, data, results, _):
+        splits, spread = data
+        return train_method(method, config, splits, spread, references_of(results, spread))
+
+    results = study.train_all(
+        parser,
+        config,
+        {method: config.out / "runs" / f"{method}.json" for method in config.methods},
+        load=lambda: read_data(parser, config),
+        train=train_one,
+    )
     metrics = {method: np.asarray(result["metrics"], float) for method, result in results.items()}
     board = statistics.leaderboard(metrics, False)
     findings = list(in_words(board, results, config))
-    console = Console(highlight=False)
-    console.width = max(console.width, 130)
     tables = make_error_table(board, results), make_comparison_table(board, results)
-    console.print(*tables, LEGEND, *findings, sep="\n", soft_wrap=True)
-    picture = io.BytesIO()
-    make_figure(board, results, config).savefig(picture)
-    text = as_json(
+    study.finish(
         config,
+        files,
+        [*tables, LEGEND, *findings],
+        make_figure(board, results, config),
+        width=130,
         metrics=[f"{task}, {unit}" for task, unit in zip(TASKS, UNITS, strict=True)],
         higher_is_better=[False] * len(TASKS),
         published=PUBLISHED,
         findings=findings,
         runs=[{"method": method, **result} for method, result in results.items()],
     )
-    write(dict(zip(files, (text, picture.getvalue()), strict=True)))
-    console.print(f"\nWritten: {files[0]} and {files[1]}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

@@ -16,15 +16,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.common import statistics, sweep
-from benchmarks.common.command_line import FORMAT, Parser, check_output, parse, write
+from benchmarks.common import statistics, study
+from benchmarks.common.command_line import FORMAT, Parser, check_output, parse, run_main, write
 
 SUMMARIES = Path("benchmarks/results")  # under version control
 BASELINES = ("sum", "linear")
-BETTER, WORSE, ALIKE = "#009E73", "#D55E00", "#777777"
 # Of what a run was made with, what the reader has to know.
 BUDGET = (
     "seeds",
+    "updates",
     "steps",
     "epochs",
     "batch_size",
@@ -47,21 +47,29 @@ class Config:
 # --- From results to a summary
 
 
+def origin(name, content):
+    """What made the results: with it, anyone can make them again, or find out what has changed."""
+    places = ("data_dir", "data_file", "out", "overwrite")
+    return {
+        "format": FORMAT,
+        "name": name,
+        "command": content["command"],
+        "config": {key: each for key, each in content["config"].items() if key not in places},
+        "behaviour": shorten(content.get("behaviour", {})),
+        "versions": content["versions"],
+        "device": content["device"],
+    }
+
+
 def summarise(name, content):
     """What the tables and pictures need of a results file: figures by seed, not curves."""
-    options = {key: content["config"][key] for key in BUDGET if key in content["config"]}
     kept = ("width", "method", "learning_rates", "loss_weights", "time_relative_to_sum")
     runs = [
         {key: shorten(run[key]) for key in (*kept, "metrics", "cpu_seconds") if key in run}
         | agreement(run)
         for run in content["runs"]
     ]
-    return {
-        "format": FORMAT,
-        "benchmark": name,
-        "options": options,
-        "versions": content["versions"],
-        "device": content["device"],
+    return origin(name, content) | {
         "metrics": content["metrics"],
         "higher_is_better": content["higher_is_better"],
         "runs": runs,
@@ -103,16 +111,7 @@ def agreement(run):
 
 def summarise_success(name, content):
     """The same of results in which methods succeed more or less, as in reinforcement learning."""
-    options = ("seeds", "updates", "steps", "width", "learning_rate")
-    return {
-        "format": FORMAT,
-        "benchmark": name,
-        "options": {key: content["config"][key] for key in options if content["config"].get(key)},
-        "versions": content["versions"],
-        "device": content["device"],
-        "by_seed": shorten(content["by_seed"]),
-        "runs": [],
-    }
+    return origin(name, content) | {"by_seed": shorten(content["by_seed"]), "runs": []}
 
 
 # --- From summaries to tables
@@ -133,15 +132,19 @@ def board_of(summary, runs):
 
 
 def title_of(summary, width):
-    return summary["benchmark"] + (f", width {width}" if width is not None else "")
+    return summary["name"] + (f", width {width}" if width is not None else "")
+
+
+def options_of(summary):
+    return ", ".join(
+        f"{name.replace('_', ' ')} {' '.join(map(str, np.ravel(value)))}"
+        for name, value in summary["config"].items()
+        if name in BUDGET
+    )
 
 
 def budget_of(summary):
-    options = ", ".join(
-        f"{name.replace('_', ' ')} {' '.join(map(str, np.ravel(value)))}"
-        for name, value in summary["options"].items()
-    )
-    device, versions = summary["device"], summary["versions"]
+    options, device, versions = options_of(summary), summary["device"], summary["versions"]
     minutes = sum(run.get("cpu_seconds", 0) for run in summary["runs"]) / 60
     return (
         f"{options}; {device['kind']} ({device['cpus']} cores), {minutes:.0f} core minutes, "
@@ -170,16 +173,10 @@ def markdown_table(summary, runs):
 def in_words(board):
     """Who is better and worse than each baseline, by the tests."""
     for baseline in [name for name in BASELINES if name in board]:
-        tests = {
-            m: row["against"][baseline] for m, row in board.items() if baseline in row["against"]
-        }
-        for word, sign in (("Better", -1), ("Worse", 1)):
-            some = [
-                f"`{method}`"
-                for method, test in tests.items()
-                if test["differs"] and sign * test["mean"] > 0
-            ]
-            yield f"{word} than `{baseline}`: {', '.join(some) or 'none'} (of {len(tests)})."
+        compared = sum(baseline in row["against"] for row in board.values())
+        for word, some in study.better_and_worse(board, baseline).items():
+            told = ", ".join(f"`{method}`" for method in some) or "none"
+            yield f"{word.capitalize()} than `{baseline}`: {told} (of {compared})."
 
 
 LEGEND = """\
@@ -197,6 +194,7 @@ def markdown(summaries):
             words = "\n".join(f"- {sentence}" for sentence in in_words(board_of(summary, runs)))
             parts += [
                 f"## {title_of(summary, width)}",
+                f"`{summary['command']}`",
                 f"{budget_of(summary)}.",
                 markdown_table(summary, runs),
                 words,
@@ -234,38 +232,14 @@ def success_table(entries):
 def successes_in_markdown(summaries):
     parts = [SUCCESS_LEGEND] if summaries else []
     for summary in summaries:
-        options = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in summary["options"].items())
+        made_with = f"`{summary['command']}` ({options_of(summary)})."
         for setting in dict.fromkeys(entry["setting"] for entry in summary["by_seed"]):
             entries = [entry for entry in summary["by_seed"] if entry["setting"] == setting]
-            parts += [f"## {summary['benchmark']}: {setting}", options, success_table(entries)]
+            parts += [f"## {summary['name']}: {setting}", made_with, success_table(entries)]
     return "\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
 # --- The picture
-
-
-def colour_of(test):
-    """Of a method: whether it is better than a baseline, or worse, or neither."""
-    if not test or not test["differs"]:
-        return ALIKE
-    return BETTER if test["mean"] < 0 else WORSE
-
-
-def draw_board(axes, board, baseline="sum"):
-    """Each method's Δm: its seeds, their mean and its interval. The best is on top."""
-    for place, (method, row) in enumerate(board.items()):
-        test = row["against"].get(baseline)
-        colour = "black" if method in (baseline, "single") else colour_of(test)
-        heights = np.full(len(row["points"]), place)
-        axes.plot(row["points"], heights, ".", alpha=0.25, color=colour, mew=0)
-        bar = {"fmt": "|", "ms": 9, "capsize": 3, "color": colour}
-        axes.errorbar(row["delta_m"], place, xerr=row["interval_95"], **bar)
-    if baseline in board:
-        axes.axvline(board[baseline]["delta_m"], color="black", lw=0.8, ls=":")
-    axes.set_yticks(range(len(board)), list(board), fontsize=8)
-    axes.set_ylim(len(board) - 0.3, -0.7)
-    axes.set_xlabel("Δm, %: lower is better")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def make_figure(summaries):
@@ -282,7 +256,11 @@ def make_figure(summaries):
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, board) in zip(figure.axes, panels, strict=False):
-        draw_board(axes, board)
+        study.draw_board(axes, board, "sum")
+        if "sum" in board:
+            axes.axvline(board["sum"]["delta_m"], color="black", lw=0.8, ls=":")
+        axes.tick_params("y", labelsize=8)
+        axes.set_xlabel("Δm, %: lower is better")
         axes.set_title(title, fontsize=10)
     figure.suptitle(
         "Every seed, the mean and its 95% interval.\n"
@@ -300,7 +278,7 @@ def main(argv=None):
     config = parse(parser, Config, argv)
     summaries, successes = [], []
     for path in sorted(config.results.glob("*/results.json")):
-        content = sweep.read(parser, path, needed=("format",))
+        content = study.read(parser, path, needed=("format",))
         if content["format"] != FORMAT:
             parser.error(f"{path} is of format {content['format']}, and {FORMAT} is expected")
         methods = {run.get("method") for run in content.get("runs", [])}
@@ -317,7 +295,7 @@ def main(argv=None):
         make_figure(summaries).savefig(picture)
         contents["delta_m.png"] = picture.getvalue()
     for summary in (*summaries, *successes):
-        contents[f"{summary['benchmark']}.json"] = json.dumps(summary).encode()
+        contents[f"{summary['name']}.json"] = json.dumps(summary).encode()
     files = [config.out / name for name in contents]
     check_output(parser, files, config.overwrite)
     write(dict(zip(files, contents.values(), strict=True)))
@@ -327,4 +305,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

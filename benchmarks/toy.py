@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import io
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,7 @@ from rich.table import Table
 from scipy import optimize
 
 import optax_surgery as surgery
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, run_main, write
 from benchmarks.common.progress import Progress
 from optax_surgery import plotting
 
@@ -599,8 +598,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: no results are written.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import optax_surgery as surgery
-from benchmarks.common.command_line import Parser, check_output, write
+from benchmarks.common.command_line import Parser, check_output, run_main, write
 
 PICTURES = Path(__file__).parent / "pictures"
 TASK_GRADS = jnp.array([[2.4, 0.35], [-0.75, 0.95]])
@@ -99,4 +99,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

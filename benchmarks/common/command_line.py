@@ -5,11 +5,14 @@ it may be: one of some names, or a least number.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -28,6 +31,18 @@ PACKAGES = ("optax_surgery", "jax", "jaxlib", "optax", "flax", "numpy", "tensorf
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+GOES_ON = "finished runs are kept, and the same command goes on"
+
+
+def run_main(main, interrupted="no results are written"):
+    """Calls a benchmark's `main`, as its command does. To be interrupted is told in a line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"Interrupted: {interrupted}.", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(parser, config_class, argv):
@@ -66,26 +81,69 @@ def check_output(parser, files, overwrite):
     for path in files:
         if path.exists() and not overwrite:
             parser.error(f"{path} is already there: give another --out, or --overwrite")
+    folder = files[0].parent
     try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=files[0].parent).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        hold(folder)
+    except BlockingIOError:
+        parser.error(f"--out {folder} is in use by another run: give another --out, or wait")
     except OSError as error:
-        parser.error(f"cannot write to --out {files[0].parent}: {error.strerror}")
+        parser.error(f"cannot write to --out {folder}: {error.strerror}")
+
+
+HELD: dict[Path, int] = {}  # open folders, for as long as this process lives
+
+
+def hold(folder):
+    """Claims a folder for this process. A lock goes with its process, however that ends."""
+    with contextlib.suppress(ImportError):  # there is none on Windows
+        import fcntl
+
+        with contextlib.suppress(KeyError):
+            os.close(HELD.pop(folder.resolve()))
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            raise
+        HELD[folder.resolve()] = opened
 
 
 def write(contents):
     """Writes the files beside their places and renames them: none is ever half there."""
-    with tempfile.TemporaryDirectory(dir=next(iter(contents)).parent, prefix=".") as folder:
-        for path, content in contents.items():
-            Path(folder, path.name).write_bytes(content)
-        for path in contents:
-            os.replace(Path(folder, path.name), path)
+    parent = next(iter(contents)).parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".") as folder:
+            for path, content in contents.items():
+                Path(folder, path.name).write_bytes(content)
+            for path in contents:
+                os.replace(Path(folder, path.name), path)
+    except OSError as error:
+        print(f"Cannot write to {parent}: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
+
+
+def command_of(config):
+    """What to type for these options, whatever was typed."""
+    module, defaults = sys.modules[type(config).__module__], type(config)()
+    # The name of a module that is run as a command is `__main__`.
+    words = ["python", "-m", module.__spec__.name if module.__spec__ else module.__name__]
+    for name, default in vars(defaults).items():
+        value = getattr(config, name)
+        if value != default:
+            values = value if isinstance(value, tuple) else [] if value is True else [value]
+            words += [as_option(name), *map(str, values)]
+    return shlex.join(words)
 
 
 def as_json(config, **results):
     """The results with what they were made with, as bytes."""
     described = {
         "format": FORMAT,
+        "command": command_of(config),
         "config": dataclasses.asdict(config),
         "versions": {
             "python": platform.python_version(),

@@ -16,6 +16,7 @@ import optax
 from PIL import Image
 
 import optax_surgery as surgery
+from benchmarks.common.command_line import GOES_ON, run_main
 from benchmarks.images import image_suite
 from benchmarks.images.networks import CelebANet, predict
 from benchmarks.images.training import TFDS_DIR, Problem, Split, read_record, tfds_sources
@@ -174,4 +175,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    image_suite.exit_on_interrupt(main)
+    run_main(main, GOES_ON)

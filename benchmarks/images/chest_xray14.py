@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import optax_surgery as surgery
+from benchmarks.common.command_line import GOES_ON, run_main
 from benchmarks.images import image_suite
 from benchmarks.images.networks import ImageClassifier, normalise, predict, resnet50
 from benchmarks.images.training import DataError, Problem, Split, read_image
@@ -215,4 +216,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    image_suite.exit_on_interrupt(main)
+    run_main(main, GOES_ON)

@@ -23,6 +23,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
+from benchmarks.common.command_line import GOES_ON, run_main
 from benchmarks.images import dense, image_suite
 from benchmarks.images.networks import PSPNet
 from benchmarks.images.training import DataError, Split, read_image
@@ -199,4 +200,4 @@ def suite(config):
 
 
 if __name__ == "__main__":
-    image_suite.exit_on_interrupt(main)
+    run_main(main, GOES_ON)

@@ -6,7 +6,6 @@ where it was. The reference of a task, `single`, is the same network trained on 
 
 import functools
 import io
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,16 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks.common import methods
 from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
 from benchmarks.common.progress import Progress
 from benchmarks.common.statistics import delta_m, interval_95, mean_ranks, paired_tests
-from benchmarks.common.sweep import finished_runs, save_run
+from benchmarks.common.study import finished_runs, make_table, save_run
 from benchmarks.images.training import (
     DataError,
     Problem,
@@ -98,7 +95,7 @@ def run(make_suite, config_class, description, name, argv):
     console = Console(highlight=False)
     console.width = max(console.width, 120)
     findings = list(in_words(deltas))
-    console.print(make_table(suite, config, runs, deltas, ranks), *findings, sep="\n")
+    console.print(make_result_table(suite, config, runs, deltas, ranks), *findings, sep="\n")
     drawn = io.BytesIO()
     make_figure(suite, config, runs, deltas).savefig(drawn)
     text = as_json(
@@ -106,6 +103,7 @@ def run(make_suite, config_class, description, name, argv):
         metrics=list(higher),
         higher_is_better=list(higher.values()),
         findings=findings,
+        behaviour=methods.behaviour(config.methods),
         runs=[
             {
                 "method": method,
@@ -174,14 +172,6 @@ def optimiser(method, tasks, adam):
     return make_optimiser(made, len(tasks), adam)
 
 
-def exit_on_interrupt(main):
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: run it again to go on from the last epoch.", file=sys.stderr)
-        sys.exit(130)
-
-
 # --- What the runs say
 
 
@@ -225,16 +215,14 @@ def in_words(deltas):
         )
 
 
-def make_table(suite, config, runs, deltas, ranks):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def make_result_table(suite, config, runs, deltas, ranks):
     shown = {
         method: [suite.columns(runs[method, seed]["metrics"]) for seed in range(config.seeds)]
         for method in config.methods
     }
     columns = list(shown[config.methods[0]][0])
-    table.add_column("method")
-    for heading in (*columns, "Δm, %", "mean rank"):
-        table.add_column(heading.replace(" ", "\n"), justify="right")
+    headings = (*columns, "Δm, %", "mean rank")
+    table = make_table("method", *(heading.replace(" ", "\n") for heading in headings))
     for method, found in shown.items():
         cells = [np.array([one[name] for one in found], float) for name in columns]
         delta = with_spread(deltas[method]) if method in deltas else ""

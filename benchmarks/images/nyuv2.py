@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+from benchmarks.common.command_line import GOES_ON, run_main
 from benchmarks.images import dense, image_suite
 
 OUTPUTS = {"segmentation": 13, "depth": 1, "normals": 3}
@@ -69,4 +70,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    image_suite.exit_on_interrupt(main)
+    run_main(main, GOES_ON)

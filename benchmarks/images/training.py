@@ -25,7 +25,7 @@ from PIL import Image
 
 import optax_surgery as surgery
 from benchmarks.common.command_line import write
-from benchmarks.common.sweep import stamp
+from benchmarks.common.study import stamp
 from benchmarks.images.networks import shared
 from optax_surgery.flax import SurgeryTrainState
 

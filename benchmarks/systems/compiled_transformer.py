@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, run_main, write
 
 COMPILER = "libtpu"
 CHIPS = 16
@@ -475,4 +475,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -37,7 +37,15 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common.command_line import (
+    DATA_DIR,
+    Parser,
+    as_json,
+    check_output,
+    parse,
+    run_main,
+    write,
+)
 from benchmarks.common.progress import Progress
 from benchmarks.multi_mnist_data import NUM_CLASSES, load
 
@@ -380,8 +388,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: no results are written.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main)

@@ -16,7 +16,6 @@ import importlib
 import importlib.metadata
 import io
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 import optax_surgery as surgery
-from benchmarks.common.command_line import Parser, as_json, check_output, parse, write
+from benchmarks.common.command_line import Parser, as_json, check_output, parse, run_main, write
 from benchmarks.common.progress import Progress
 
 
@@ -782,8 +781,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: no results are written.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main)

@@ -181,7 +181,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_figures(results, splits, tmp_
         patch.setattr(multi_mnist, "train_method", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, splits, *options)
-        assert [path.name for path in tmp_path.rglob("*.*")] == ["sum-2.json"]
+        assert [path.name for path in tmp_path.rglob("*.*")] == ["sum_width_2.json"]
         trained[:] = ["the second call"]
         again = run(tmp_path, splits, *options)
     assert trained == ["the second call", "pcgrad"]
@@ -193,8 +193,8 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_figures(results, splits, tmp_
 
 def test_a_run_of_other_options_is_named_and_left(results, splits, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
-    path = tmp_path / "runs" / "sum-2.json"
-    path.write_bytes((results[0] / "runs" / "sum-2.json").read_bytes())
+    path = tmp_path / "runs" / "sum_width_2.json"
+    path.write_bytes((results[0] / "runs" / "sum_width_2.json").read_bytes())
     before = path.read_bytes()
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, splits, "--widths", "2", "--noise", "0.5")
@@ -209,9 +209,10 @@ def test_rates_and_weights_are_those_that_validate_best(splits, tmp_path):
     options = "--widths 2 --methods sum linear --learning-rates 0.001 0.02 --weightings 2"
     found = run(tmp_path, splits, *options.split(), "--scale", "10", "--noise", "0.5")
     for one, candidates in zip(found["runs"], (1, 2), strict=True):
-        scores = np.array(one["validation"])
-        assert scores.shape == (candidates, 2, 1, 1)  # weightings, rates, networks, seeds
-        weighting, rate, *_ = np.unravel_index(scores.argmax(), scores.shape)
+        scores = np.array(one["scores"])
+        assert scores.shape == (candidates, 2, 1, 2)  # weightings, rates, networks, seeds
+        means = scores.mean(axis=(2, 3))
+        weighting, rate = np.unravel_index(means.argmax(), means.shape)
         np.testing.assert_allclose(one["learning_rates"], [[0.001, 0.02][rate]])
         weights = multi_mnist.methods.loss_weights(one["method"], 2, 2)[weighting]
         np.testing.assert_allclose(one["loss_weights"], [weights])
@@ -314,14 +315,6 @@ def test_an_interrupted_run_leaves_earlier_results_whole(splits, tmp_path, monke
         run(tmp_path, splits, "--overwrite")
     assert (tmp_path / "results.json").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_results_are_replaced_only_when_asked(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    multi_mnist.write({path: b"new"})
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_help_names_every_option_with_its_default(capsys):

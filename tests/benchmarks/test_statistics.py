@@ -1,18 +1,11 @@
-"""What the benchmarks share: their statistics, their methods, and sweeps that go on."""
-
-import dataclasses
-import json
-from pathlib import Path
-from typing import Annotated
+"""What the benchmarks share: their statistics and their methods."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy import stats
 
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import Parser
+from benchmarks.common import methods, statistics
 
 
 def test_delta_m_is_that_of_the_published_table():
@@ -87,72 +80,3 @@ def test_weights_of_the_losses_begin_equal_and_add_up_to_the_number_of_tasks():
     np.testing.assert_array_equal(weights[0], 1)
     np.testing.assert_allclose(weights.sum(axis=1), 4, rtol=1e-5)
     np.testing.assert_array_equal(methods.loss_weights("pcgrad", 4, 9), np.ones((1, 4)))
-
-
-def test_the_best_setting_has_the_best_mean_and_has_not_diverged():
-    scores = [[[1.0, 2.0], [9.0, np.nan]], [[4.0, 4.0], [8.0, -9.0]]]
-    assert sweep.best(scores) == (1, 0)
-
-
-# --- Sweeps
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    methods: Annotated[tuple, "", None] = ("sum",)
-    steps: Annotated[int, "", 1] = 3
-    out: Annotated[Path, "", None] = Path("results")
-    overwrite: Annotated[bool, "", None] = False
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """A sweep of two runs, of which one is finished: (config, files)."""
-    config = Config(out=tmp_path)
-    files = {name: tmp_path / "runs" / f"{name}.json" for name in ("sum", "pcgrad")}
-    sweep.save_run(config, files["sum"], {"score": np.array([1.0, np.nan])})
-    return config, files
-
-
-def test_a_sweep_goes_on_where_it_was(finished):
-    config, files = finished
-    assert sweep.finished_runs(Parser(), config, files) == {"sum": {"score": [1.0, None]}}
-    chosen = dataclasses.replace(config, methods=("sum", "pcgrad"))
-    assert list(sweep.finished_runs(Parser(), chosen, files)) == ["sum"]
-    assert sweep.finished_runs(Parser(), dataclasses.replace(config, overwrite=True), files) == {}
-
-
-def other_format(path):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": 0}))
-
-
-def other_package(path):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"versions": content["versions"] | {"jax": "0.1"}}))
-
-
-@pytest.mark.parametrize(
-    ("change", "steps", "message"),
-    [
-        (lambda path: None, 4, "has another options: expected steps 4, got 3"),
-        (other_format, 3, "has another format: expected 1, got 0"),
-        (other_package, 3, "has another versions: expected jax"),
-        (lambda path: path.write_text("{"), 3, "is no results file"),
-        (lambda path: path.write_text("[1]"), 3, "is no results file"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), 3, "is no results file"),
-    ],
-)
-def test_a_file_that_does_not_belong_is_named_and_left(change, steps, message, finished, capsys):
-    config, files = finished
-    change(files["sum"])
-    before = files["sum"].read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        sweep.finished_runs(Parser(), dataclasses.replace(config, steps=steps), files)
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert printed.count("\n") == 1
-    assert message in printed
-    assert str(files["sum"]) in printed
-    assert files["sum"].read_bytes() == before
-    assert list(files["sum"].parent.iterdir()) == [files["sum"]]
