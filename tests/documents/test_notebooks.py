@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+# The packages of those that need more than the tests do.
+PACKAGES = {"reinforcement_learning": "gymnax"}
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # What runs one notebook, in a process of its own: IPython's shell, with matplotlib's pictures where
@@ -83,12 +86,15 @@ def kept(path):
 
 
 def test_there_are_notebooks():
-    assert {"quickstart", "landscapes", "choosing_a_method"} <= {path.stem for path in NOTEBOOKS}
+    names = {path.stem for path in NOTEBOOKS}
+    assert {"quickstart", "landscapes", "choosing_a_method", *PACKAGES} <= names
 
 
 @each
 def test_a_notebook_runs_without_a_warning_and_draws(path, tmp_path):
     """As many pictures as it is kept with."""
+    if package := PACKAGES.get(path.stem):
+        pytest.importorskip(package, reason=f"{path.stem} needs a package of the extra `rl`")
     shown = execute(path, tmp_path)
     pictures = ["image/png" in output.get("data", {}) for output in kept(path)[1]]
     assert sum("image/png" in kinds for kinds in shown) >= sum(pictures) > 0
@@ -102,3 +108,12 @@ def test_a_notebook_is_kept_with_its_pictures_and_small(path):
     texts = ["".join(output.get("text", "")) for output in outputs]
     assert not [text for text in texts if "/home" in text or "/root" in text or "site-pack" in text]
     assert "widgets" not in notebook["metadata"]
+
+
+@each
+def test_links_of_a_notebook_lead_somewhere(path):
+    """Those to other files; the documentation's build makes them links of its own."""
+    cells = kept(path)[0]["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", "".join(texts)):
+        assert (path.parent / link).exists(), link

@@ -10,18 +10,14 @@ import pytest
 
 import optax_surgery as surgery
 from tests.cases import METHODS
+from tests.documents import page_code
+from tests.documents.page_code import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 TABLE = (ROOT / "docs/methods/index.md").read_text()
 
 
-def blocks(path):
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = {str(page.relative_to(ROOT)): page for page in PAGES if blocks(page)}
+PAGES = {str(page.relative_to(ROOT)): page for page in page_code.PAGES if blocks(page)}
 
 
 @pytest.mark.parametrize("page", PAGES)
