@@ -12,6 +12,7 @@ from optax_surgery.methods.conflict_free import conflict_free
 from optax_surgery.methods.cr_mogm import cr_mogm
 from optax_surgery.methods.dualproj import dualproj
 from optax_surgery.methods.fairgrad import fairgrad
+from optax_surgery.methods.fedmgda import fedmgda
 from optax_surgery.methods.geometric_median import geometric_median
 from optax_surgery.methods.gradops import gradops
 from optax_surgery.methods.gradvac import gradvac
@@ -28,10 +29,12 @@ from optax_surgery.methods.upgrad import upgrad
 
 # Methods from the losses
 from optax_surgery.methods.dwa import dwa
+from optax_surgery.methods.epo import epo
 from optax_surgery.methods.famo import famo
 from optax_surgery.methods.go4align import go4align
 from optax_surgery.methods.gradnorm import gradnorm
 from optax_surgery.methods.learnt_scales import imtl, imtl_l, uncertainty_weighting
+from optax_surgery.methods.pmgda import pmgda
 from optax_surgery.methods.random_weighting import random_weighting
 from optax_surgery.methods.relobralo import relobralo
 from optax_surgery.methods.scalarisations import cosmos, gls, pbi, scale_invariant, stch
@@ -42,8 +45,10 @@ from optax_surgery.methods.coordinate_median import coordinate_median
 from optax_surgery.methods.db_mtl import db_mtl
 from optax_surgery.methods.excess_mtl import excess_mtl
 from optax_surgery.methods.graddrop import graddrop
+from optax_surgery.methods.learning_rate_annealing import learning_rate_annealing
 from optax_surgery.methods.moco import moco
 from optax_surgery.methods.momentum_conflict_free import momentum_conflict_free
+from optax_surgery.methods.sam_gs import sam_gs
 from optax_surgery.methods.trimmed_mean import trimmed_mean
 
 # Methods from two independent batches
@@ -108,12 +113,14 @@ __all__ = [
     "db_mtl",
     "dualproj",
     "dwa",
+    "epo",
     "every",
     "excess_mtl",
     "explain_leaves",
     "fairgrad",
     "famo",
     "feature_surgery_value_and_grad",
+    "fedmgda",
     "geometric_median",
     "gls",
     "go4align",
@@ -130,6 +137,7 @@ __all__ = [
     "inverse_norms",
     "krum",
     "leafwise",
+    "learning_rate_annealing",
     "magnitude_similarities",
     "mean",
     "mgda",
@@ -152,8 +160,10 @@ __all__ = [
     "per_task_surgery_value_and_grad",
     "per_task_value_and_grad",
     "pivrg",
+    "pmgda",
     "random_weighting",
     "relobralo",
+    "sam_gs",
     "scalars",
     "scale_invariant",
     "sdmgrad",

@@ -207,7 +207,12 @@ def _number(call: Call, name: str, value: Any, allowed: str, num_tasks: int | No
         where = "/".join([name, *path])
     else:
         valid = _valid(default, allowed, call.given, num_tasks)
+        if isinstance(value, list | tuple | Mapping) and kind == "int":
+            counted = len(value)  # the tasks themselves, where their number is wanted
+            valid = valid if _violated(counted, allowed, call.given, num_tasks) else counted
         remedy = f"Make it `{call.text({name: valid}, num_tasks)}`."
+        if isinstance(value, str) and "num_tasks" in interval:  # a task by its name
+            remedy = f"{remedy[:-1]}, with the place that {value!r} has in task_names(losses)."
     if callable(value) and kind != "int" and _makes_transformations(call):
         by_name = call.text({name: ...}, num_tasks).removeprefix(call)
         remedy = f"For a schedule: `{_injected(call)}{by_name}`."
@@ -974,7 +979,8 @@ def no_gramian(name: str, value: Any, instead: str = "") -> None:
             "a Gramian",
             name,
             "It works on the gradients and not on their Gramian: leave out `gramian`, and what "
-            f"makes one (`every`, `monitor`, `surgery_value_and_grad`, ...).{instead}",
+            "makes one (`every`, `monitor`, `surgery_value_and_grad`, ...); `task_value_and_grad` "
+            f"makes gradients for it.{instead}",
         )
 
 
@@ -1028,6 +1034,9 @@ _ANEW += "`move_state(state, init(params), tasks)`."
 def movable(state: Any, new_state: Any, tasks: Any) -> None:
     """Refuses states that differ in more than the number of tasks."""
     remedy = "Make the new state by `init(params)` of the same chain for the new number of tasks."
+    if hasattr(state, "opt_state"):
+        remedy = "Pass `state.opt_state` and `new_state.opt_state`."
+        refuse("the state of an optimiser", type(state).__name__, "state", remedy)
     if jax.tree.structure(state) != jax.tree.structure(new_state):
         refuse("two states of one chain", "other structures", "new_state", remedy)
     is_list = hasattr(tasks, "__len__") and not isinstance(tasks, str)

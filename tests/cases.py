@@ -16,6 +16,7 @@ import optax_surgery as surgery
 from tests.papers import coordinates as papers_coordinates
 from tests.papers import gramian as papers
 from tests.papers import losses as papers_losses
+from tests.papers import preferences as papers_preferences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +252,31 @@ FROM_THE_GRAMIAN = {
         permutation_equivariant=False,
         linear_under_scaling=True,  # in the first step, whose norms are the averages
     ),
+    "fedmgda": Case(
+        make=lambda num_tasks: surgery.fedmgda(),
+        rule=lambda jacobian, losses: papers.fedmgda(jacobian, 0.1),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        degree=0.0,
+        positive_weights=True,  # for fewer than 10 tasks
+    ),
+    "fedmgda_everywhere": Case(
+        make=lambda num_tasks: surgery.fedmgda(1.0),
+        rule=lambda jacobian, losses: papers.fedmgda(jacobian, 1.0),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        non_conflicting=True,
+        degree=0.0,
+    ),
+    "fedmgda_preference": Case(
+        make=lambda num_tasks: surgery.fedmgda(0.3, ramp(num_tasks)),
+        rule=lambda jacobian, losses: papers.fedmgda(jacobian, 0.3, ramp(len(jacobian))),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.fedmgda(0.3, ramp(len(mask))[mask]),
+        permutation_equivariant=False,
+        degree=0.0,
+    ),
     "geometric_median": Case(
         make=lambda num_tasks: surgery.geometric_median(),
         rule=lambda jacobian, losses: papers.geometric_median(jacobian),
@@ -391,6 +417,41 @@ FROM_THE_LOSSES = {
         permutation_equivariant=False,
         linear_under_scaling=True,
     ),
+    "epo": Case(
+        make=lambda num_tasks: surgery.epo(),
+        rule=lambda jacobian, losses: papers_preferences.epo(jacobian, losses),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+    ),
+    "epo_balanced": Case(
+        make=lambda num_tasks: surgery.epo(ramp(num_tasks), tolerance=10.0),
+        rule=lambda jacobian, losses: papers_preferences.epo(
+            jacobian, losses, ramp(len(jacobian)), 10.0
+        ),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.epo(ramp(len(mask))[mask], tolerance=10.0),
+        non_conflicting=True,
+        permutation_equivariant=False,
+    ),
+    "pmgda": Case(
+        make=lambda num_tasks: surgery.pmgda(),
+        rule=lambda jacobian, losses: papers_preferences.pmgda(jacobian, losses),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        degree=0.0,
+    ),
+    "pmgda_near_the_ray": Case(
+        make=lambda num_tasks: surgery.pmgda(ramp(num_tasks)[::-1], tolerance=10.0),
+        rule=lambda jacobian, losses: papers_preferences.pmgda(
+            jacobian, losses, ramp(len(jacobian))[::-1], tolerance=10.0
+        ),
+        tolerance=1e-4,
+        tolerance_x64=1e-6,
+        keep=lambda mask: surgery.pmgda(ramp(len(mask))[::-1][mask], tolerance=10.0),
+        non_conflicting=True,
+        permutation_equivariant=False,
+    ),
     "uncertainty_weighting": Case(
         make=lambda num_tasks: surgery.uncertainty_weighting(num_tasks),
         rule=lambda jacobian, losses: (
@@ -484,6 +545,13 @@ FROM_THE_COORDINATES = {
         coordinates=True,
         linear_under_scaling=True,
     ),
+    "learning_rate_annealing": Case(
+        make=lambda num_tasks: surgery.learning_rate_annealing(0, num_tasks),
+        rule=lambda jacobian, losses: papers_coordinates.annealed(jacobian[None])[0][0],
+        coordinates=True,
+        permutation_equivariant=False,
+        linear_under_scaling=True,
+    ),
     "db_mtl": Case(
         make=lambda num_tasks: surgery.db_mtl(num_tasks),
         rule=lambda jacobian, losses: papers_coordinates.db_mtl(jacobian[None], losses[None])[0],
@@ -501,6 +569,18 @@ FROM_THE_COORDINATES = {
         tolerance=1e-4,
         coordinates=True,
         non_conflicting=True,
+        linear_under_scaling=True,
+    ),
+    "sam_gs": Case(
+        make=lambda num_tasks: surgery.sam_gs(num_tasks, threshold=0.0),
+        rule=lambda jacobian, losses: papers_coordinates.sam_gs(jacobian[None], threshold=0)[0][0],
+        coordinates=True,
+        degree=2.0,
+    ),
+    "sam_gs_equal": Case(
+        make=lambda num_tasks: surgery.sam_gs(num_tasks, threshold=1.0),
+        rule=lambda jacobian, losses: papers_coordinates.sam_gs(jacobian[None], threshold=1)[0][0],
+        coordinates=True,
         linear_under_scaling=True,
     ),
     "modo": Case(

@@ -80,6 +80,8 @@ def excess_mtl(
       not depend on the common scale of the gradients. The roots of S are kept, not S, as squares
       overflow. A step in which a task's gradient is zero is none of its first steps: the authors'
       code divides by zero after one. The authors take 1 for eta on Office-Home.
+      A mode without any first step, which other code has, is neither the paper's nor the authors':
+      its first weights come from excess risks in the unit of the losses.
 
     Examples:
       >>> import jax.numpy as jnp

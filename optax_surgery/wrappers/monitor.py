@@ -126,11 +126,13 @@ def scalars(state: Any, names: Any = None) -> dict[str, jax.Array]:
     - from every surgery: `unusable_losses`, how many losses it could not use so far.
 
     Args:
-      state: of any optimiser, `nnx.Optimizer.opt_state` too.
+      state: of any optimiser; or a Flax `TrainState` or `nnx.Optimizer`, of which it is the
+        `opt_state`; or several in a dict, whose names come before theirs, 'actor/weight/left'.
       names: T names of the tasks, or the losses, a tree with their names. By default '0', '1', ...
 
     Returns:
-      A flat dict from names to () arrays. What is in a group of `leafwise` or `optax.partition`
+      A flat dict from names to () arrays, also under `jit`, and in a `scan`, which makes curves of
+      them. What is in a group of `leafwise` or `optax.partition`
       has its name before it, 'encoder/conflict_share'; what would have the name of another has a
       number before it.
 
@@ -174,6 +176,8 @@ def _nodes(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     if isinstance(tree, Mapping):
         for name, child in tree.items():
             yield from _nodes(child, (*path, str(name)))
+    elif hasattr(tree, "opt_state"):
+        yield from _nodes(tree.opt_state, path)
     elif isinstance(tree, tuple | list):
         if hasattr(tree, "_fields"):
             yield path, tree
@@ -185,6 +189,9 @@ def _numbers(node: Any, names: list[str] | None) -> Iterator[tuple[str, jax.Arra
     fields = node._fields
     if "gramian" in fields:
         gramian, scale = jnp.asarray(node.gramian), jnp.asarray(node.scale)
+        if gramian.ndim > 2:
+            remedy = "Map over seeds or steps: `jax.vmap(scalars)(state)`."
+            checks.refuse("a (T, T) Gramian", f"one of shape {gramian.shape}", "state", remedy)
         names = trees.task_names(jnp.diagonal(gramian)) if names is None else names
         if len(names) != len(gramian):
             remedy = "Pass the losses, or one name per task in their order."

@@ -107,6 +107,20 @@ def cagrad(gramian, task_mask, mean_weights, c):
     return solvers.cagrad_dual(gramian, mean_weights, c, task_mask)
 
 
+def boxed(gramian, task_mask, centre, radius):
+    norms = jnp.sqrt(jnp.where(task_mask, jnp.diagonal(gramian), 1))
+    lower, upper = box_around(centre, radius)
+    return solvers.min_norm_in_box(
+        gramian / norms[:, None] / norms[None, :],
+        jnp.where(task_mask, lower, 0),
+        jnp.where(task_mask, upper, 0),
+    )
+
+
+def box_around(centre, radius):
+    return jnp.maximum(centre - radius, 0), jnp.minimum(centre + radius, 1)
+
+
 def fair(gramian, task_mask, factors, fairness):
     return solvers.fair_weights(gramian, fairness, task_mask, factors)
 
@@ -239,6 +253,60 @@ def test_min_norm_point_in_float32(kind):
         loss = squared_length(rows, found) - squared_length(rows, best)
         vanishing = 1e-5 * rounding(rows, found, np.float32)
         assert loss <= LOSS[kind] * squared_length(rows, best) + vanishing
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.1, 0.5, 1.0])
+@KINDS
+def test_min_norm_in_box_meets_the_optimality_conditions(kind, radius):
+    """No weight can go from one unit gradient to another and make the update shorter."""
+    jacobians = problems(kind)
+    centres = [wanted / wanted.sum() for wanted in preferences(kind)]
+    weights, solution = solve(boxed, jacobians, np.float64, centres, radius)
+    assert solution.converged.all()
+    for rows, centre, found in zip(jacobians, centres, weights, strict=True):
+        units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        lower, upper = np.maximum(centre - radius, 0), np.minimum(centre + radius, 1)
+        assert abs(found.sum() - 1) < 1e-12
+        assert (found >= lower - 1e-15).all()
+        assert (found <= upper + 1e-15).all()
+        products = units @ (units.T @ found)
+        could_give, could_take = found > lower + 1e-9, found < upper - 1e-9
+        if could_give.any() and could_take.any():
+            assert products[could_give].max() - products[could_take].min() < 1e-8
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.1, 0.5, 1.0])
+@KINDS
+def test_min_norm_in_box_in_float32(kind, radius):
+    jacobians = problems(kind)
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in jacobians]
+    centres = [wanted / wanted.sum() for wanted in preferences(kind)]
+    weights, solution = solve(boxed, jacobians, np.float32, centres, radius)
+    certified, _ = solve(boxed, jacobians, np.float64, centres, radius)
+    assert solution.converged.all()
+    for rows, found, best in zip(units, weights, certified, strict=True):
+        assert abs(found.sum() - 1) < 1e-6
+        loss = squared_length(rows, found) - squared_length(rows, best)
+        assert loss <= LOSS[kind] * squared_length(rows, best) + 1e-6
+
+
+@FLOATS
+def test_a_box_without_room_has_one_point(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        opposite = np.array([[1, -1, 1], [-1, 1, -1], [1, -1, 1]], dtype)
+        centre = np.array([0.5, 0.3, 0.2], dtype)
+        for radius in (0.0, 1e-9):
+            found = solvers.min_norm_in_box(opposite, *box_around(centre, dtype(radius)))
+            np.testing.assert_allclose(found.weights, centre, atol=1e-7)
+            assert found.converged
+        alone = solvers.min_norm_in_box(np.ones((1, 1), dtype), np.full(1, 0.9, dtype), np.ones(1))
+        np.testing.assert_allclose(alone.weights, 1, rtol=1e-6)
+        unknown = solvers.min_norm_in_box(
+            np.full((3, 3), np.nan, dtype), *box_around(centre, dtype(0.1))
+        )
+        assert not unknown.converged
+        nobody = solvers.min_norm_in_box(np.zeros((2, 2), dtype), np.zeros(2), np.zeros(2))
+        np.testing.assert_array_equal(nobody.weights, 0)
 
 
 @KINDS

@@ -46,6 +46,7 @@ FILLED = {
     "params": np.ones(2),
     "penalty": 1.0,
     "primary": 0,
+    "residual": 0,
     "rule": surgery.StackedRule(lambda params: (), lambda tasks, updates, state: (updates, state)),
     "scores": np.ones(3),
     "shared": "trunk",
@@ -330,3 +331,11 @@ def test_a_size_that_is_traced_is_refused_with_a_hint_that_works(name):
 
     updates, _ = step(tx.init(params))
     assert updates["w"].shape == (3,)
+
+
+def test_tasks_in_place_of_their_number_are_counted_and_a_name_is_led_to_its_place():
+    for tasks in (["residual", "edge"], {"residual": 1.0, "edge": 2.0}):
+        with pytest.raises(ValueError, match=r"Make it `monitor\(num_tasks=2\)`"):
+            surgery.monitor(tasks)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"the place that 'fit' has in task_names\(losses\)"):
+        surgery.pcd("fit", 2)  # pyright: ignore[reportArgumentType]

@@ -474,6 +474,7 @@ REQUIRED = {  # what methods ask for by name
     "num_groups": 2,
     "window": 1,
     "primary": 0,
+    "residual": 0,
     "inner": surgery.ntkmtl(),
 }
 

@@ -1,6 +1,7 @@
 """The Python of README and docs runs as it stands, each page from top to bottom."""
 
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_the_table_of_methods_names_every_method():
     listed = set(re.findall(r"^\| `(\w+)`", TABLE.split("<!-- methods -->")[1], re.MULTILINE))
     methods = {name for name in dir(surgery) if is_method(getattr(surgery, name))}
     assert methods <= listed
+
+
+def test_the_pages_say_which_methods_need_arguments():
+    calls = re.search(r"<!-- calls -->\n(.*?)\n\n", TABLE, re.DOTALL).group(1)
+    methods = {name: getattr(surgery, name) for name in dir(surgery)}
+    needed = {
+        f"{name}({', '.join(found)})"
+        for name, method in methods.items()
+        if is_method(method) and (found := without_default(method))
+    }
+    assert set(re.findall(r"`(.*?)`", calls)) == needed
+
+
+def without_default(method):
+    parameters = inspect.signature(method).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty]
 
 
 @pytest.mark.parametrize(("name", "case"), METHODS.items(), ids=METHODS)

@@ -70,6 +70,22 @@ def test_graddrop_for_given_draws(leak):
     np.testing.assert_allclose(update, papers.graddrop(jacobian, draws, leak), atol=1e-5)
 
 
+def steep(purity):
+    return 3 * purity**2 - 2 * purity**3
+
+
+def test_graddrop_draws_by_a_function_of_the_purity():
+    generator = np.random.default_rng(0)
+    jacobian, draws = generator.normal(size=(5, 200)), generator.random(200)
+    update = graddrop_update(jnp.asarray(jacobian, "f4"), draws, jnp.zeros(5), steep)
+    np.testing.assert_allclose(update, papers.graddrop(jacobian, draws, 0.0, steep), atol=1e-5)
+    rows, coordinates = np.array([[3.0], [-1.0]], np.float32), 20_000
+    tx = surgery.graddrop(function=steep)
+    update, _ = tx.update(np.repeat(rows, coordinates, axis=1), tx.init(jnp.zeros(coordinates)))
+    share, expected = (np.asarray(update) > 0).mean(), steep(0.75)
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / coordinates)
+
+
 def test_graddrop_draws_a_sign_by_its_share_and_is_the_sum_in_the_mean():
     jacobian = np.array(
         [[1.0, 1.0, 2.0, -1.0, 0.0], [-1.0, 3.0, -1.0, -2.0, 0.0], [0.0, -0.5, -7.0, -3.0, 0.0]],
@@ -118,6 +134,44 @@ def test_a_half_precision_leaf_is_summed_in_float32():
     update, _ = tx.update(rows, tx.init(jnp.zeros(1, jnp.bfloat16)))
     assert update.dtype == jnp.bfloat16
     np.testing.assert_array_equal(update, 1.5)
+
+
+# Learning-rate annealing
+
+
+@pytest.mark.parametrize("residual", [0, 2])
+def test_learning_rate_annealing_equals_the_papers_rule(residual):
+    steps = gradients(9)
+    expected, weights = papers.annealed(steps, residual, decay=0.8)
+    assert np.ptp(weights, axis=0).max() > 1, "the weights must move"
+    tx = surgery.learning_rate_annealing(residual, NUM_TASKS, decay=0.8)
+    equal_in_float32_and_float64(tx, expected, steps)
+    with jax.enable_x64(True):
+        _, states = trajectory(tx, split(steps))
+    np.testing.assert_allclose(states.weighting_state.mean_weights, weights, rtol=1e-6)
+
+
+def test_averages_are_kept_while_the_residual_or_a_gradient_is_zero_or_masked():
+    tx, task_grads = surgery.learning_rate_annealing(1, 3), np.diag([1.0, 2.0, 3.0])
+    _, start = tx.update(jnp.asarray(task_grads), tx.init(jnp.zeros(3)))
+    before = start.weighting_state.mean_weights
+    for lacking, kept in {1: [0, 1, 2], 2: [1, 2]}.items():
+        zeros, mask = task_grads * (np.arange(3) != lacking)[:, None], np.arange(3) != lacking
+        for rows, extra in ((zeros, {}), (task_grads, {"task_mask": mask})):
+            _, state = tx.update(jnp.asarray(rows), start, **extra)
+            after = state.weighting_state.mean_weights
+            assert np.flatnonzero(after == before).tolist() == kept
+
+
+# SAM-GS
+
+
+def test_sam_gs_equals_the_authors_rule():
+    steps = gradients(10) * np.array([1.0, 1.0, 4.0])[:, None]
+    expected, similarities = papers.sam_gs(steps, 0.8, 0.9, threshold=0.6)
+    assert 5 < (similarities < 0.6).sum() < NUM_STEPS - 5, "both cases must occur"
+    tx = surgery.sam_gs(NUM_TASKS, 0.8, 0.9, threshold=0.6)
+    equal_in_float32_and_float64(tx, expected, steps)
 
 
 # Robust aggregators
@@ -274,6 +328,7 @@ def test_m_config_of_one_task_a_step_is_algorithm_1():
 AVERAGES = {
     "excess_mtl": (surgery.excess_mtl(4), "root_sums"),
     "db_mtl": (surgery.db_mtl(4, 0.6), "averages"),
+    "sam_gs": (surgery.sam_gs(4, 0.6), "momenta"),
     "moco": (surgery.moco(4, 0.4, tracking_power=0.0), "averages"),
     "m_config": (surgery.momentum_conflict_free(4, 0.6), "momenta"),
     "m_config_alternating": (
@@ -301,7 +356,7 @@ def test_the_average_of_a_task_holds_the_gradients_of_its_own_steps(name):
                 count += 1
             if name == "excess_mtl":
                 expected = np.sqrt(square)
-            elif name.startswith("m_config") and count:
+            elif (name == "sam_gs" or name.startswith("m_config")) and count:
                 expected = average / (1 - 0.6**count)
             else:
                 expected = average
@@ -416,7 +471,7 @@ def test_what_is_missing_is_named():
             tx.update(jnp.eye(2), state)
 
 
-STATEFUL = ["excess_mtl", "db_mtl", "moco", "momentum_conflict_free", "modo", "sdmgrad"]
+STATEFUL = ["excess_mtl", "db_mtl", "moco", "sam_gs", "momentum_conflict_free", "modo", "sdmgrad"]
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -431,6 +486,7 @@ def test_another_number_of_tasks_is_refused(name):
 
 MISUSES = {
     "leak above 1": (lambda: surgery.graddrop(1.5), r"in \[0, 1\], got 1.5 at 'leak'"),
+    "no function": (lambda: surgery.graddrop(function=3), "a Callable, got .* at 'function'"),
     "nothing trimmed": (lambda: surgery.trimmed_mean(-1), "got -1 at 'num_trimmed'"),
     "no warm-up": (lambda: surgery.excess_mtl(2, 0.1, 0), "got 0 at 'num_warmup_steps'"),
     "decay of 1": (

@@ -63,6 +63,8 @@ def test_the_direction_does_not_suffer_from_squares_out_of_range(case, scale):
     assert np.isfinite(update).all()
     if case.degree is None:  # the direction depends on the scale
         return
+    if abs(case.degree * np.log10(scale)) > 37:  # the update is itself out of range
+        return
     expected, _ = case.step(jacobian)
     direction = update / np.linalg.norm(update)
     np.testing.assert_allclose(direction, expected / np.linalg.norm(expected), atol=2e-5)

@@ -4,10 +4,12 @@ Oracles as those of `gramian.py`: vectors, loops over tasks and steps, no code o
 Those with a state take the gradients of all steps, (steps, T, n), and return all updates.
 """
 
+import itertools
+
 import numpy as np
 
 
-def graddrop(jacobian, draws, leak=0.0):
+def graddrop(jacobian, draws, leak=0.0, function=lambda purity: purity):
     """Lines 10 to 15 of Algorithm 1 of Chen et al. 2020, for given draws in [0, 1)."""
     update = np.zeros(jacobian.shape[1])
     for k, column in enumerate(jacobian.T):
@@ -15,7 +17,7 @@ def graddrop(jacobian, draws, leak=0.0):
             continue
         purity = 0.5 * (1 + column.sum() / np.abs(column).sum())
         for gradient in column:
-            kept = gradient > 0 if purity > draws[k] else gradient < 0
+            kept = gradient > 0 if function(purity) > draws[k] else gradient < 0
             update[k] += (leak + (1 - leak) * kept) * gradient
     return update
 
@@ -48,6 +50,22 @@ def excess_mtl(jacobians, learning_rate=0.01, num_warmup_steps=1):
         updates.append(weights @ jacobian)
         all_weights.append(weights)
     return np.stack(updates), np.stack(all_weights)
+
+
+def annealed(jacobians, residual=0, decay=0.9):
+    """Algorithm 1 of Wang, Teng and Perdikaris 2021; also returns the weights of all steps."""
+    num_steps, num_tasks, _ = jacobians.shape
+    current, updates, weights = np.ones(num_tasks), [], np.ones((num_steps, num_tasks))
+    for step, jacobian in enumerate(jacobians):
+        update = jacobian[residual].copy()
+        for i in range(num_tasks):
+            if i != residual:
+                ratio = np.abs(jacobian[residual]).max() / np.abs(jacobian[i]).mean()
+                current[i] = decay * current[i] + (1 - decay) * ratio
+                update += current[i] * jacobian[i]
+        updates.append(update)
+        weights[step] = current
+    return np.stack(updates), weights
 
 
 def db_mtl(jacobians, losses, decay=0.9, decay_power=0.0):
@@ -130,6 +148,25 @@ def momentum_conflict_free(jacobians, fresh, learning_rate, first=0.9, second=0.
         root = np.sqrt(square / (1 - second**t))
         steps.append(-learning_rate * combined / (root + 1e-8))
     return np.stack(steps)
+
+
+def sam_gs(jacobians, decay=0.9, similarity_decay=0.99, threshold=0.1):
+    """Algorithm 1 of Borsani et al. 2025 as their code has it; also returns all similarities."""
+    momenta, spread, updates, similarities = np.zeros(jacobians.shape[1:]), 0.0, [], []
+    for t, jacobian in enumerate(jacobians, start=1):
+        norms = [np.linalg.norm(gradient) for gradient in jacobian]
+        pairs = [2 * a * b / (a**2 + b**2) for a, b in itertools.combinations(norms, 2)]
+        similarity = np.mean(pairs) if pairs else 1.0
+        momenta = decay * momenta + (1 - decay) * jacobian
+        spread = similarity_decay * spread + (1 - similarity_decay) * (1 - similarity) ** 2 + 1e-8
+        if similarity < threshold:
+            update = sum(np.mean(norms) / a * g for a, g in zip(norms, jacobian, strict=True))
+        else:
+            gains = np.abs(momenta / (1 - decay**t)) / np.sqrt(spread / (1 - similarity_decay**t))
+            update = (gains * jacobian).sum(axis=0)
+        updates.append(update)
+        similarities.append(similarity)
+    return np.stack(updates), np.array(similarities)
 
 
 def modo(jacobians, first, second, learning_rate=0.1, regularization=0.1):

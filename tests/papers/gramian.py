@@ -312,6 +312,28 @@ def geometric_median(jacobian):
     return point
 
 
+def fedmgda(jacobian, radius, preference=None):
+    """Hu et al. 2022: the min-norm point of the vertices that lie in the direction against it."""
+    units = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
+    centre = np.ones(len(units)) if preference is None else np.asarray(preference, np.float64)
+    centre = centre / centre.sum()
+    lower, upper = np.maximum(centre - radius, 0), np.minimum(centre + radius, 1)
+
+    def farthest_against(direction):
+        weights = lower.copy()
+        for i in np.argsort(units @ direction):
+            weights[i] += min(upper[i] - lower[i], 1 - weights.sum())
+        return weights @ units
+
+    vertices = [farthest_against(units.sum(axis=0))]
+    while True:
+        nearest = nearest_to_zero(np.array(vertices))
+        vertex = farthest_against(nearest)
+        if nearest @ (nearest - vertex) < 1e-13:
+            return nearest
+        vertices.append(vertex)
+
+
 def inverse_norms(jacobians, decay=0.9):
     """Wang et al. 2023, with the mean of the norms as in their code: the updates of every step."""
     averages, updates = np.ones(len(jacobians[0])), []

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import optax_surgery as surgery
+from optax_surgery.flax import SurgeryTrainState
 from tests.common import same
 from tests.wrappers.cases import (
     LOSSES,
@@ -177,3 +178,24 @@ def test_a_state_without_anything_to_report_has_the_count_alone():
     tx = surgery.on_shared(surgery.pcgrad(), in_trunk)
     assert set(surgery.scalars(tx.init(PARAMS))) == {"unusable_losses"}
     assert surgery.scalars(optax.adam(1e-3).init(PARAMS)) == {}
+
+
+def test_scalars_look_into_training_states_and_several_in_a_dict():
+    tx, (task_grads,) = surgery.monitor(NUM_TASKS, surgery.pcgrad()), gradients(1)
+    train_state = SurgeryTrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    train_state = train_state.apply_gradients(grads=task_grads)
+    found = surgery.scalars(train_state.opt_state)
+    assert same(surgery.scalars(train_state), found)
+    both = surgery.scalars({"actor": train_state, "critic": train_state.opt_state})
+    assert set(both) == {f"{name}/{key}" for name in ("actor", "critic") for key in found}
+
+
+def test_scalars_of_several_seeds_are_mapped():
+    tx, (task_grads,) = surgery.monitor(NUM_TASKS), gradients(1)
+    states = jax.vmap(lambda _: tx.update(task_grads, tx.init(PARAMS))[1])(jnp.arange(2))
+    with pytest.raises(
+        ValueError, match=r"Map over seeds or steps: `jax.vmap\(scalars\)\(state\)`"
+    ):
+        surgery.scalars(states)
+    for value in jax.vmap(surgery.scalars)(states).values():
+        assert value.shape == (2,)

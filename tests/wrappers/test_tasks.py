@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optax_surgery as surgery
+from optax_surgery.flax import SurgeryTrainState
 from tests import cases
 from tests.common import same
 from tests.core.test_contract import filled
@@ -397,3 +398,12 @@ MISMOVED = {
 def test_states_that_do_not_fit_are_not_moved(where):
     with pytest.raises(ValueError, match=rf"Expected .*, got .* at '{where}'. "):
         MISMOVED[where](surgery.famo(3).init(None))
+
+
+def test_the_state_that_moves_is_that_of_the_optimiser():
+    states = [
+        SurgeryTrainState.create(apply_fn=None, params=PARAMS, tx=surgery.famo(num_tasks))
+        for num_tasks in (2, 3)
+    ]
+    with pytest.raises(ValueError, match=r"Pass `state\.opt_state` and"):
+        surgery.move_state(*states, [0, 1, None])
