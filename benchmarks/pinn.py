@@ -22,8 +22,7 @@ for beltrami. With `--losses two` both conditions are one loss, as in half of it
 import dataclasses
 import functools
 import io
-import itertools
-import sys
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -37,24 +36,25 @@ from jax import lax
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from rich import box
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import optax_surgery as surgery
 from benchmarks import pinn_equations
-from benchmarks.common import methods, statistics, sweep
-from benchmarks.common.command_line import DATA_DIR, Parser, as_json, check_output, parse, write
+from benchmarks.common import methods, statistics, study
+from benchmarks.common.command_line import (
+    DATA_DIR,
+    GOES_ON,
+    Parser,
+    as_json,
+    check_output,
+    parse,
+    run_main,
+    write,
+)
+from benchmarks.common.progress import Progress
 from benchmarks.pinn_equations import EQUATIONS
+from benchmarks.report import origin, shorten
 
-# With the weightings of physics code.
-SURGERIES = {
-    **methods.METHODS,
-    "inverse_norms": surgery.inverse_norms,
-    "softadapt": surgery.softadapt,
-    "relobralo": surgery.relobralo,
-}
 ALWAYS = ("sum", "linear")  # what everything else is measured by
 DEFAULTS = (*ALWAYS, "pcgrad", "conflict_free", "aligned_mtl", "inverse_norms")
 CHOICES = (
@@ -85,9 +85,9 @@ class Config:
     ] = "three"
     steps: Annotated[int, "of training, a multiple of --points", 1] = 5000
     points: Annotated[int, "times to measure after the start", 2] = 20
-    inside: Annotated[int, "points per step for the residual", 1] = 200
-    boundary: Annotated[int, "points per step for the boundary condition", 1] = 50
-    initial: Annotated[int, "points per step for the initial condition", 1] = 50
+    inside: Annotated[int, "points per step for the residual", 1] = 128
+    boundary: Annotated[int, "points per step for the boundary condition", 1] = 32
+    initial: Annotated[int, "points per step for the initial condition", 1] = 32
     width: Annotated[int, "of the hidden layers", 1] = 50
     depth: Annotated[int, "hidden layers", 1] = 4
     learning_rates: Annotated[
@@ -180,7 +180,7 @@ def learning_rate(step, lane):
 def make_optimiser(update, num_tasks, lane):
     """Adam divides by the recent size of updates: sums and means of gradients are alike to it."""
     adam = optax.adam(lambda step: learning_rate(step, lane))
-    return optax.chain(SURGERIES[update](num_tasks), adam)
+    return optax.chain(methods.METHODS[update](num_tasks), adam)
 
 
 def start(lane, config, equation, update):
@@ -209,14 +209,13 @@ def train_stretch(run, lane, numbers, config, equation, update):
     return lax.scan(step, run, numbers)[0]
 
 
-def measure(run, number, points, values, config, equation):
+def measure(params, key, number, points, values, config, equation):
     """The error on the grid; losses and cosines of their gradients on points that are new."""
-    network = make_network(config, equation)
-    found = jax.vmap(lambda point: network.apply(run.params, point))(points)
+    found = field(params, points, config, equation)
     # Those of the next step, which have not been seen yet and are the same for all methods.
-    new = sample(config, equation, jax.random.fold_in(run.key, number))
+    new = sample(config, equation, jax.random.fold_in(key, number))
     losses, grads = surgery.task_value_and_grad(functools.partial(losses_of, config, equation))(
-        run.params, new
+        params, new
     )
     return {
         "mse": jnp.mean((found - values) ** 2),
@@ -225,9 +224,9 @@ def measure(run, number, points, values, config, equation):
     }
 
 
-def field(run, points, config, equation):
+def field(params, points, config, equation):
     network = make_network(config, equation)
-    return jax.vmap(lambda point: network.apply(run.params, point))(points)
+    return jax.vmap(lambda point: network.apply(params, point))(points)
 
 
 # --- All networks of a method
@@ -235,15 +234,18 @@ def field(run, points, config, equation):
 
 @functools.cache
 def make_program(name, update, config):
-    """What starts, trains and measures several networks at once."""
-    known = {"config": config, "equation": EQUATIONS[name]}
-    axes = {"start": 0, "train": (0, 0, None), "measure": (0, None, None, None)}
-    functions = {
-        "start": functools.partial(start, update=update, **known),
-        "train": functools.partial(train_stretch, update=update, **known),
-        "measure": functools.partial(measure, **known),
-    }
-    return {part: jax.jit(jax.vmap(fn, axes[part])) for part, fn in functions.items()}
+    """What starts and what trains several networks at once."""
+    known = {"config": config, "equation": EQUATIONS[name], "update": update}
+    starts = jax.vmap(functools.partial(start, **known))
+    trains = jax.vmap(functools.partial(train_stretch, **known), (0, 0, None))
+    return jax.jit(starts), jax.jit(trains)
+
+
+@functools.cache
+def make_measure(name, config):
+    """What measures several networks at once, of whatever method."""
+    fn = functools.partial(measure, config=config, equation=EQUATIONS[name])
+    return jax.jit(jax.vmap(fn, (0, 0, None, None, None)))
 
 
 def of_program(config):
@@ -254,17 +256,19 @@ def of_program(config):
 
 def train_lanes(lanes, name, update, config, stretches, tell):
     """Trains all lanes. Returns them, what was seen (lanes, points), and the seconds per step."""
-    program = make_program(name, update, of_program(config))
+    starts, trains = make_program(name, update, of_program(config))
     solution = pinn_equations.reference(name, config.data_dir)
+    measures = make_measure(name, of_program(config))
     length = config.steps // config.points
-    runs = program["start"](lanes)
-    seen, seconds = [program["measure"](runs, 0, *solution)], []
+    runs = starts(lanes)
+    seen, seconds = [measures(runs.params, runs.key, 0, *solution)], []
     for stretch in range(stretches):
         first = stretch * length
-        began = time.perf_counter()
-        runs = jax.block_until_ready(program["train"](runs, lanes, first + jnp.arange(length)))
-        seconds.append((time.perf_counter() - began) / length)
-        seen.append(jax.block_until_ready(program["measure"](runs, first + length, *solution)))
+        began = time.process_time()
+        runs = jax.block_until_ready(trains(runs, lanes, first + jnp.arange(length)))
+        seconds.append((time.process_time() - began) / length)
+        found = measures(runs.params, runs.key, first + length, *solution)
+        seen.append(jax.block_until_ready(found))
         tell()
     # The first stretch may have been compiled first.
     return runs, jax.tree.map(lambda *x: np.stack(x, axis=1), *seen), np.median(seconds[1:])
@@ -277,32 +281,35 @@ def candidates(method, tasks, config):
     return np.array([np.where(residual, 1, weight) for weight in choices], np.float32)
 
 
+def tuning_stretches(config):
+    return max(2, -(-config.points // TUNING_SHARE))
+
+
+def stretches_of(method, name, config):
+    """How many stretches of training a method takes, with its tuning."""
+    settings = len(candidates(method, tasks_of(config, EQUATIONS[name]), config))
+    tuned = settings * len(config.learning_rates) > 1
+    return config.points + tuned * settings * tuning_stretches(config)
+
+
 def tune(method, name, update, config, tell):
     """Minus the logarithms of the errors, (candidates, rates, seeds), after a part of the steps."""
     rates = np.array(config.learning_rates, np.float32)
     # About as many networks as are trained in the end: then the program is the same.
     shape = len(rates), max(1, config.seeds // len(rates))
     rate, seed = (each.ravel() for each in np.indices(shape))
-    stretches = max(2, -(-config.points // TUNING_SHARE))
+    stretches = tuning_stretches(config)
     steps = np.full(len(seed), stretches * (config.steps // config.points))
-    scores, weightings = [], candidates(method, tasks_of(config, EQUATIONS[name]), config)
-    told = itertools.count(1)
-    for weights in weightings:
+    scores = []
+    for weights in candidates(method, tasks_of(config, EQUATIONS[name]), config):
         each = np.tile(weights, (len(seed), 1))
         lanes = Lane(TUNING_SEED + seed, rates[rate], each, steps)
-        _, seen, _ = train_lanes(
-            lanes,
-            name,
-            update,
-            config,
-            stretches,
-            lambda: tell(next(told), stretches * len(weightings)),
-        )
+        _, seen, _ = train_lanes(lanes, name, update, config, stretches, tell)
         scores.append(-np.log10(seen["mse"][:, -1]).reshape(shape))
     return np.array(scores)
 
 
-def train_method(method, name, config, tell):
+def train_method(method, name, config, progress):
     """Tunes a method and trains all its seeds. Returns what goes into the file of the run."""
     equation = EQUATIONS[name]
     # `linear` differs in the weights of the losses only.
@@ -311,8 +318,9 @@ def train_method(method, name, config, tell):
     rates = np.array(config.learning_rates, np.float32)
     scores, weighting, rate = None, 0, 0
     if len(weightings) * len(rates) > 1:
-        scores = tune(method, name, update, config, functools.partial(tell, "tuning"))
-        weighting, rate = sweep.best(scores)
+        progress.describe(f"{name}, tuning {method}")
+        scores = tune(method, name, update, config, progress.advance)
+        weighting, rate = study.best(scores)
     several = np.ones(config.seeds, np.float32)
     lanes = Lane(
         np.arange(config.seeds),
@@ -320,17 +328,10 @@ def train_method(method, name, config, tell):
         np.outer(several, weightings[weighting]),
         np.full(config.seeds, config.steps),
     )
-    told = itertools.count(1)
-    runs, seen, seconds = train_lanes(
-        lanes,
-        name,
-        update,
-        config,
-        config.points,
-        lambda: tell("training", next(told), config.points),
-    )
+    progress.describe(f"{name}, training {method}")
+    runs, seen, seconds = train_lanes(lanes, name, update, config, config.points, progress.advance)
     points, _ = pinn_equations.reference(name, config.data_dir)
-    shown = field(jax.tree.map(lambda each: each[0], runs), points, config, equation)
+    shown = field(jax.tree.map(lambda each: each[0], runs.params), points, config, equation)
     return {
         **seen,
         "learning_rate": rates[rate],
@@ -398,30 +399,45 @@ def verdict(test):
     return f"x {10 ** test['mean']:.2f}" if test["differs"] else "="
 
 
-def make_table(rows, results, values, tasks):
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("method", no_wrap=True)
+def headings(tasks):
     losses = (f"loss:\n{task}" for task in tasks)
-    headings = ("mean squared\nerror", "relative\nL2, %", "against\nsum", "against\nlinear", "rate")
-    for heading in (*headings, *losses, "ms per\nstep"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    against = (f"against\n{baseline}" for baseline in ALWAYS)
+    errors = ("mean squared\nerror", "relative\nL2, %")
+    return ("method", *errors, *against, "rate", *losses, "ms per\nstep")
+
+
+def cells(method, row, result, values):
+    """A row of the table."""
+    losses = 10 ** np.mean(np.log10(np.asarray(result["losses"], float)[:, -1]), axis=0)
+    error = f"{10 ** row['mean']:.2e} x/ {10 ** row['interval_95']:.2f}"
+    relative = f"{100 * relative_error(10 ** row['mean'], values):.2f}"
+    if row["diverged"]:
+        error, relative = f"{row['diverged']} of {len(row['points'])} diverged", ""
+    return (
+        method,
+        error,
+        relative,
+        *(verdict(row["against"].get(baseline)) for baseline in ALWAYS),
+        f"{result['learning_rate']:g}",
+        *(f"{each:.1e}" if np.isfinite(each) else "" for each in losses),
+        f"{1000 * result['seconds_per_step']:.1f}",
+    )
+
+
+def make_table(rows, results, values, tasks):
+    table = study.make_table(*headings(tasks))
     for method, row in rows.items():
-        result = results[method]
-        losses = 10 ** np.mean(np.log10(np.asarray(result["losses"], float)[:, -1]), axis=0)
-        error = f"{10 ** row['mean']:.2e} x/ {10 ** row['interval_95']:.2f}"
-        relative = f"{100 * relative_error(10 ** row['mean'], values):.2f}"
-        if row["diverged"]:
-            error, relative = f"{row['diverged']} of {len(row['points'])} diverged", ""
-        table.add_row(
-            method,
-            error,
-            relative,
-            *(verdict(row["against"].get(baseline)) for baseline in ALWAYS),
-            f"{result['learning_rate']:g}",
-            *(f"{each:.1e}" if np.isfinite(each) else "" for each in losses),
-            f"{1000 * result['seconds_per_step']:.1f}",
-        )
+        table.add_row(*cells(method, row, results[method], values))
     return table
+
+
+def table_in_markdown(rows, results, values, tasks):
+    heads = [heading.replace("\n", " ") for heading in headings(tasks)]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for method, row in rows.items():
+        name, *others = cells(method, row, results[method], values)
+        lines.append(f"| `{name}` | {' | '.join(each or '-' for each in others)} |")
+    return "\n".join(lines)
 
 
 LEGEND = """\
@@ -429,8 +445,8 @@ Mean squared error against the solution, over all outputs on a grid: the geometr
 and, after x/, the factor of its 95% interval to either side. Relative L2: the same as a share of
 the solution's norm. Against sum and linear: the factor between errors, where a paired t-test of
 their logarithms finds one, with Holm's correction for the number of methods; else an equals sign.
-Loss: on new points at the end, without weights. Ms per step: of all seeds together, measured here.
-"""
+Loss: on new points at the end, without weights. Ms per step: processor time of all seeds together,
+measured here."""
 
 
 def in_words(name, rows, results, values, config):
@@ -460,7 +476,7 @@ def in_words(name, rows, results, values, config):
     grids = {"learning_rate": config.learning_rates, "condition_weight": config.condition_weights}
     for setting, grid in grids.items():
         some = results if setting == "learning_rate" else {"linear": results["linear"]}
-        edge = [m for m, each in some.items() if sweep.at_the_edge(grid, [each[setting]])]
+        edge = [m for m, each in some.items() if study.at_the_edge(grid, [each[setting]])]
         if edge:
             told = setting.replace("_", " ")
             yield f"The best {told} is at the edge of the grid for: {', '.join(edge)}."
@@ -520,7 +536,7 @@ def draw_errors(figure, rows, results, config):
             axes.plot(places, 10**mean, color=COLOURS[method], label=method)
             low, high = 10 ** (mean - reach), 10 ** (mean + reach)
             axes.fill_between(places, low, high, color=COLOURS[method], alpha=0.1, lw=0)
-    for axes, label in ((over_steps, "steps"), (over_time, "seconds of training, all seeds")):
+    for axes, label in ((over_steps, "steps"), (over_time, "processor seconds, all seeds")):
         axes.set(yscale="log", xlabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     over_steps.set_ylabel("mean squared error")
@@ -540,8 +556,10 @@ def draw_final(axes, rows):
     axes.set_xlabel("mean squared error at the end")
     if any(np.isfinite(row["points"]).any() for row in rows.values()):
         axes.set_xscale("log")
-        # One and three of each power of ten: labels of all lines would overlap.
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        # One and, in a narrow range, three of each power of ten: labels of all would overlap.
+        low, high = axes.get_xlim()
+        subs = (1.0, 3.0) if high < 1e3 * low else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axes.xaxis.set_major_formatter("{x:.0e}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("dots: seeds; lines: 95% intervals of the mean", fontsize=10)
@@ -578,7 +596,7 @@ def draw_fields(figure, name, rows, results, values):
 
 
 def make_figure(name, rows, results, values, config):
-    figure = Figure(figsize=(15, 9), layout="constrained", dpi=130)
+    figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.2, 1))[:, 0]
     draw_errors(upper, rows, results, config)
     draw_fields(lower, name, rows, results, values)
@@ -595,26 +613,6 @@ def make_figure(name, rows, results, values, config):
 # --- The command line
 
 
-class Report:
-    """Says how far the training is: a bar in a terminal, and lines on stderr elsewhere."""
-
-    def __init__(self):
-        self.terminal = Console(stderr=True)
-        self.bar = Progress(
-            console=self.terminal, transient=True, disable=not self.terminal.is_terminal
-        )
-        self.began = time.monotonic()
-        self.task = self.bar.add_task("", total=None)
-
-    def tell(self, name, method, what, done, total):
-        text = f"{name}, {what} {method}"
-        self.bar.update(self.task, description=text, completed=done, total=total)
-        # A line now and then, and one at the end.
-        if not self.terminal.is_terminal and (done == total or done % 5 == 0):
-            seconds = time.monotonic() - self.began
-            print(f"{text}: {done} of {total} stretches, {seconds:.0f} s", file=sys.stderr)
-
-
 def of_equation(config, name):
     """The options of one equation, as they stand in its files."""
     return dataclasses.replace(config, equations=(name,))
@@ -627,17 +625,18 @@ def train_all(parser, config):
         for name in config.equations
     }
     results = {
-        name: sweep.finished_runs(parser, of_equation(config, name), each)
+        name: study.finished_runs(parser, of_equation(config, name), each)
         for name, each in files.items()
     }
-    report = Report()
-    with report.bar:
-        for name, method in ((n, m) for n in files for m in files[n] if m not in results[n]):
-            tell = functools.partial(report.tell, name, method)
+    left = [
+        (name, method) for name in files for method in files[name] if method not in results[name]
+    ]
+    with Progress(sum(stretches_of(method, name, config) for name, method in left)) as progress:
+        for name, method in left:
             began = time.process_time()
-            found = train_method(method, name, config, tell)
+            found = train_method(method, name, config, progress)
             results[name][method] = found | {"cpu_seconds": time.process_time() - began}
-            sweep.save_run(of_equation(config, name), files[name][method], results[name][method])
+            study.save_run(of_equation(config, name), files[name][method], results[name][method])
     return {
         name: {method: each[method] for method in config.methods} for name, each in results.items()
     }
@@ -657,12 +656,73 @@ def as_png(figure):
     return picture.getvalue()
 
 
+def budget_of(config):
+    rates = " ".join(f"{rate:g}" for rate in config.learning_rates)
+    weights = " ".join(f"{weight:g}" for weight in config.condition_weights)
+    return (
+        f"{config.seeds} seeds, {config.steps:,} steps, {config.inside} points inside, "
+        f"{config.boundary} on the boundary, {config.initial} at the start, {config.depth} hidden "
+        f"layers of {config.width}, rates {rates}, weights of `linear` {weights}"
+    )
+
+
+def in_markdown(config, results, rows, values, findings):
+    """What the documentation shows."""
+    parts = [LEGEND, f"{budget_of(config)}; {seconds_of(results) / 60:.0f} core minutes."]
+    for name, each in results.items():
+        tasks = tasks_of(config, EQUATIONS[name])
+        parts += [
+            f"### {EQUATIONS[name].title}",
+            table_in_markdown(rows[name], each, values[name], tasks),
+            "\n".join(f"- {finding}" for finding in findings[name]),
+        ]
+    return "\n\n".join([*parts, *over_all(rows)]) + "\n"
+
+
+KEPT = ("learning_rate", "condition_weight", "seconds_per_step", "cpu_seconds")  # of a run
+
+
+def seconds_of(results):
+    return sum(result["cpu_seconds"] for each in results.values() for result in each.values())
+
+
+def summarise(config, results, rows, findings):
+    """What is kept under version control: errors and settings, without curves of single seeds."""
+    equations = [
+        {
+            "equation": name,
+            "losses": tasks_of(config, EQUATIONS[name]),
+            "methods": {
+                method: {
+                    "errors": 10 ** row["points"],
+                    "against": row["against"],
+                    "error_over_steps": 10 ** logarithms(results[name][method]).mean(axis=0),
+                    **{part: results[name][method][part] for part in KEPT},
+                }
+                for method, row in rows[name].items()
+            },
+            "findings": findings[name],
+        }
+        for name in results
+    ]
+    found = {
+        "behaviour": methods.behaviour(config.methods),
+        "equations": equations,
+        "findings": list(over_all(rows)),
+    }
+    # Folders are of one machine, and change no figure.
+    config = dataclasses.replace(config, data_dir=Config.data_dir, out=Config.out, overwrite=False)
+    content = json.loads(as_json(config, **found))
+    kept = {part: shorten(content[part]) for part in ("equations", "findings")}
+    return json.dumps(origin("pinn", content) | kept).encode()
+
+
 def main(argv=None):
     parser = Parser("python -m benchmarks.pinn", description=(__doc__ or "").split("\n\n")[0])
     config = read_options(parser, argv)
-    file = config.out / "results.json"
     pictures = [config.out / f"{name}.png" for name in config.equations]
-    check_output(parser, [file, *pictures], config.overwrite)
+    files = [config.out / name for name in ("results.json", "summary.json", "results.md")]
+    check_output(parser, [*files, *pictures], config.overwrite)
     results = train_all(parser, config)
     rows = {name: compare(each) for name, each in results.items()}
     values = {name: pinn_equations.reference(name, config.data_dir)[1] for name in results}
@@ -677,36 +737,31 @@ def main(argv=None):
         tasks = tasks_of(config, EQUATIONS[name])
         console.print(make_table(rows[name], each, values[name], tasks))
         console.print(*findings[name], sep="\n", soft_wrap=True)
-    console.print(f"\n{LEGEND}", *over_all(rows), sep="\n", soft_wrap=True)
-    text = as_json(
-        config,
-        equations=[
-            {
-                "equation": name,
-                "losses": tasks_of(config, EQUATIONS[name]),
-                "rows": rows[name],
-                "findings": findings[name],
-                # Pictures of fields stay in the files of the runs.
-                "runs": {
-                    method: {part: each for part, each in result.items() if part != "field"}
-                    for method, result in results[name].items()
-                },
-            }
-            for name in results
-        ],
-        findings=list(over_all(rows)),
-    )
+    console.print(f"\n{LEGEND}\n", *over_all(rows), sep="\n", soft_wrap=True)
+    texts = [
+        # Pictures of fields stay in the files of the runs.
+        as_json(config, equations=without_fields(results)),
+        summarise(config, results, rows, findings),
+        in_markdown(config, results, rows, values, findings).encode(),
+    ]
     drawn = [
         as_png(make_figure(name, rows[name], results[name], values[name], config))
         for name in results
     ]
-    write(dict(zip((file, *pictures), (text, *drawn), strict=True)))
-    console.print(f"Written: {', '.join(str(each) for each in (file, *pictures))}", soft_wrap=True)
+    write(dict(zip((*files, *pictures), (*texts, *drawn), strict=True)))
+    console.print(f"Written: {', '.join(map(str, (*files, *pictures)))}", soft_wrap=True)
+
+
+def without_fields(results):
+    """{equation: {method: what was measured}}."""
+    return {
+        name: {
+            method: {part: each for part, each in result.items() if part != "field"}
+            for method, result in runs.items()
+        }
+        for name, runs in results.items()
+    }
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Interrupted: finished runs are kept, and the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, GOES_ON)

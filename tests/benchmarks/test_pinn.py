@@ -1,8 +1,8 @@
 """The benchmark of equations: solutions against second ways, and a tiny run of it all."""
 
 import dataclasses
-import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from benchmarks import pinn, pinn_equations
+from benchmarks.common.progress import Progress
 from benchmarks.pinn_equations import EQUATIONS
 
+ROOT = Path(__file__).parents[2]
 COUNTS = {"residual": 40, "boundary": 24, "initial": 16}
 
 
@@ -237,6 +239,23 @@ def test_all_that_diverges_is_reported_too():
     assert pinn.as_png(pinn.make_figure("kovasznay", rows, results, values, config))
 
 
+def test_the_tables_that_are_shown_are_those_of_the_results(tmp_path):
+    kept = json.loads((ROOT / "benchmarks/results/pinn.json").read_text())
+    errors = {}
+    for equation in kept["equations"]:
+        _, values = pinn_equations.reference(equation["equation"], tmp_path)
+        for method, found in equation["methods"].items():
+            mse = np.exp(np.mean(np.log(found["errors"])))
+            errors.setdefault(method, []).append(100 * pinn.relative_error(mse, values))
+    page = (ROOT / "docs/how_to/physics.md").read_text()
+    table = (ROOT / "benchmarks/results/pinn.md").read_text()
+    assert set(errors) == set(pinn.DEFAULTS)
+    for method, (kovasznay, burgers) in errors.items():
+        assert f"| `{method}` | {kovasznay:.2f} | {burgers:.1f} |" in page
+        assert f" | {kovasznay:.2f} | " in table
+        assert f" | {burgers:.2f} | " in table
+
+
 # --- The command line
 
 
@@ -279,30 +298,39 @@ def test_a_run_from_the_command_line_is_resumed(small_grids, tmp_path, capsys, m
     options = [*SMALL.split(), "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
     pinn.main(options)
     printed = capsys.readouterr()
-    assert "burgers, training inverse_norms: 2 of 2 stretches" in printed.err
-    assert "burgers, tuning linear: 4 of 4 stretches" in printed.err
+    # Stretches: two of training and two of tuning a method, and of tuning `linear` two more.
+    assert "burgers, tuning linear: 4 of 14 done" in printed.err
+    assert "burgers, training inverse_norms: 12 of 14 done" in printed.err
     assert "Against linear" in printed.out
-    file, picture = (tmp_path / "out" / name for name in ("results.json", "burgers.png"))
+    names = ("results.json", "burgers.png", "summary.json", "results.md")
+    file, picture, summary, table = (tmp_path / "out" / name for name in names)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    (found,) = json.loads(file.read_text())["equations"]
-    assert found["losses"] == ["boundary", "initial", "residual"]
-    assert list(found["runs"]) == ["sum", "linear", "inverse_norms"]
-    for method, run in found["runs"].items():
+    found = json.loads(file.read_text())["equations"]["burgers"]
+    assert list(found) == ["sum", "linear", "inverse_norms"]
+    for method, run in found.items():
         assert np.shape(run["mse"]) == (2, 3)
         assert np.shape(run["losses"]) == (2, 3, 3)
         assert np.shape(run["cosines"]) == (2, 3, 3, 3)
         assert np.shape(run["scores"]) == (2 if method == "linear" else 1, 2, 1)
         # All methods begin with the same networks, and no two seeds do.
-        assert [each[0] for each in run["mse"]] == [e[0] for e in found["runs"]["sum"]["mse"]]
+        assert [each[0] for each in run["mse"]] == [e[0] for e in found["sum"]["mse"]]
         assert run["mse"][0][0] != run["mse"][1][0]
         assert run["mse"][0][2] != run["mse"][0][0]
 
-    file.unlink()
-    picture.unlink()
+    # What is kept says the same, and nothing of this machine's folders.
+    kept = json.loads(summary.read_text())
+    assert str(tmp_path) not in summary.read_text()
+    (equation,) = kept["equations"]
+    assert equation["losses"] == ["boundary", "initial", "residual"]
+    for method, each in equation["methods"].items():
+        np.testing.assert_allclose(each["errors"], [e[-1] for e in found[method]["mse"]], rtol=1e-4)
+        assert f"| `{method}` |" in table.read_text()
+
+    for each in (file, picture, summary, table):
+        each.unlink()
     monkeypatch.setattr(pinn, "train_method", None)  # nothing is left to train
     pinn.main(options)
-    (again,) = json.loads(file.read_text())["equations"]
-    assert again["runs"] == found["runs"]
+    assert json.loads(file.read_text())["equations"]["burgers"] == found
 
     with pytest.raises(SystemExit):
         pinn.main(options)
@@ -314,13 +342,11 @@ def test_with_one_rate_nothing_is_tuned(small_grids, tmp_path):
         seeds=2, steps=2, points=2, inside=4, boundary=4, width=3, depth=1, learning_rates=(1e-3,),
         data_dir=tmp_path,
     )  # fmt: skip
-    told = []
-    train = functools.partial(
-        pinn.train_method, config=config, tell=lambda *args: told.append(args)
-    )
-    found = train("sum", "kovasznay")
+    assert pinn.stretches_of("sum", "kovasznay", config) == 2
+    with Progress(2) as progress:
+        found = pinn.train_method("sum", "kovasznay", config, progress)
+    assert progress.done == 2
     assert found["scores"] is None
-    assert [what for what, *_ in told] == ["training"] * 2
     assert found["field"].shape == (7, 5)
     assert not list(tmp_path.iterdir())  # a formula is not kept
 
