@@ -1,5 +1,6 @@
 """What the benchmarks say of their figures: relative loss, ranks, intervals, paired tests."""
 
+import warnings
 from collections.abc import Hashable, Mapping
 
 import numpy as np
@@ -60,8 +61,10 @@ def paired_tests(differences: Mapping[Hashable, np.ndarray]) -> dict[Hashable, d
     """
     found = {}
     for method, points in differences.items():
-        # All differences alike, as of a method that does nothing: NaN, and no evidence.
-        with np.errstate(invalid="ignore", divide="ignore"):
+        # All differences alike, as of a method that does nothing: NaN, and no evidence. SciPy
+        # warns where they are nearly alike.
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Precision loss", category=RuntimeWarning)
             test = stats.ttest_1samp(points, 0)
             p = float(np.nan_to_num(test.pvalue, nan=1))  # pyright: ignore[reportAttributeAccessIssue]
         reach = interval_95(points)
