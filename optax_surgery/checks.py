@@ -437,6 +437,8 @@ def stacked(task_updates: Any, params: Any = None) -> int:
         if not shape or shape[0] == 0 or shape[1:] != param_shape:
             expected = ", ".join(["T", *map(str, param_shape)])
             expected = f"task gradients of shape ({expected}) with T >= 1"
+            if shape == param_shape:
+                stack += " In place of optax.MultiSteps, which sees no stack, take `accumulate`."
             refuse(expected, f"shape {shape}", path, stack)
         num_tasks = num_tasks or shape[0]
         if shape[0] != num_tasks:
