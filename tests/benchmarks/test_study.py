@@ -202,3 +202,24 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     assert f"--out {tmp_path} is in use by another run" in printed
     for _ in range(2):  # one process may come back to its folder
         command_line.check_output(Parser(), files, overwrite=False)
+
+
+# --- Options
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("multi_mnist --sed 3", "unknown option --sed: did you mean --seeds?"),
+        ("images.celeb_a --epoch=2 --zzz", "unknown option --zzz: --help lists them"),
+        ("systems.speed --size 10 --taks 2", "unknown option --taks: did you mean --tasks?"),
+    ],
+)
+def test_a_mistyped_option_is_told_before_jax_is_imported(command, remedy):
+    module, *words = command.split()
+    command = [sys.executable, "-X", "importtime", "-m", f"benchmarks.{module}", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    assert ended.returncode == 2
+    assert lines == [f"python -m benchmarks.{module}: error: {remedy}"]
+    assert "jax" not in ended.stderr
