@@ -9,6 +9,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.errors import ExtensionError
+from sphinx.util import logging
 
 # The pictures of methods are drawn on the CPU, to be the same everywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +18,8 @@ import optax_surgery
 
 sys.path.insert(0, str(Path(__file__).parent))
 import method_pictures
+
+logger = logging.getLogger(__name__)
 
 # --- What is built
 
@@ -33,7 +36,7 @@ extensions = [
     "myst_nb",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False
+nitpicky = True
 default_role = "code"  # single backticks are code, as in our docstrings
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -47,13 +50,15 @@ autodoc_typehints = "none"  # ranges and shapes stand in `Args`
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # as `autodoc_typehints`, for fields
 
 # --- What it looks like
 
 html_theme = "furo"
 html_title = "optax_surgery"
+pygments_dark_style = "a11y-high-contrast-dark"  # in the default one, modules look like links
 html_static_path = ["_static"]
-html_css_files = ["mathml.css", "pictures.css"]
+html_css_files = ["mathml.css", "pictures.css", "tables.css"]
 templates_path = []
 
 
@@ -65,15 +70,29 @@ html_math_renderer = "mathml"
 
 def inline_math(writer, node):
     """Writes a formula within a line."""
-    writer.body.append(f'<span class="math">{convert(node.astext())}</span>')
+    writer.body.append(f'<span class="math">{mathml(node, "inline")}</span>')
     raise nodes.SkipNode
 
 
 def displayed_math(writer, node):
     """Writes a formula of its own line."""
-    formula = convert(node.astext(), display="block")
-    writer.body.append(f'<div class="math">{formula}</div>')
+    writer.body.append(f'<div class="math">{mathml(node, "block")}</div>')
     raise nodes.SkipNode
+
+
+# What latex2mathml does not know, and knows by another name.
+OTHER_NAMES = {r"\arg\min": r"\argmin", r"\arg\max": r"\argmax", r"\Big\|": r"\Big‖"}
+
+
+def mathml(node, display):
+    """The formula as MathML, with a warning if a command would be shown as it is typed."""
+    latex = " ".join(node.astext().split())  # a backslash at the end of a line is a space
+    for name, other in OTHER_NAMES.items():
+        latex = latex.replace(name, other)
+    formula = convert(latex, display=display)
+    if "\\" in formula:
+        logger.warning("a formula with an unknown command: %s", latex, location=node)
+    return formula
 
 
 # --- Pictures of the methods, drawn in every build
