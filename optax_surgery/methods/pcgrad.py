@@ -68,7 +68,7 @@ def pcgrad(*, key: jax.Array | int = 0) -> core.Surgery:
       This is Algorithm 1 to the letter. Much other code includes j = i, draws one order for
       all tasks, or averages. The authors' TensorFlow code discards the result of its
       shuffle, so that its order is fixed. Task heads do not belong in the stack: see
-      `optax.partition` in the README.
+      `on_shared`.
 
     Examples:
       >>> import jax.numpy as jnp
