@@ -47,10 +47,11 @@ def graddrop(
 
     .. math:: P = \frac12 \Big( 1 + \frac{\sum_i g_i}{\sum_i |g_i|} \Big)
 
-    is the positive sign purity. With U uniform in [0, 1) and
-    :math:`M_i = [f(P) > U][g_i > 0] + [f(P) \le U][g_i < 0]`, the update is
+    is the positive sign purity. With U uniform in [0, 1), the update is
 
-    .. math:: d = \sum_i \big( \ell_i + (1 - \ell_i) M_i \big)\, g_i.
+    .. math::
+      d = \sum_i \big( \ell_i + (1 - \ell_i) M_i \big)\, g_i, \qquad
+      M_i = [f(P) > U][g_i > 0] + [f(P) \le U][g_i < 0].
 
     Where tasks agree on a sign nothing is dropped. With the identity for f, the mean of the update
     over the draws is the sum of the task gradients.
