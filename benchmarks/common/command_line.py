@@ -76,8 +76,11 @@ def as_option(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check_output(parser, files, overwrite):
-    """Finds out before the work, not after it, whether the results can be written."""
+def check_output(parser, files, overwrite, alone=True):
+    """Finds out before the work, not after it, whether the results can be written.
+
+    `alone` is whether no other process may write to the folder meanwhile.
+    """
     for path in files:
         if path.exists() and not overwrite:
             parser.error(f"{path} is already there: give another --out, or --overwrite")
@@ -85,7 +88,8 @@ def check_output(parser, files, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        hold(folder)
+        if alone:
+            hold(folder)
     except BlockingIOError:
         parser.error(f"--out {folder} is in use by another run: give another --out, or wait")
     except OSError as error:

@@ -349,7 +349,7 @@ def main(argv=None):
     config = parse(parser, Config, argv)
     names = [JOB_FILE] if config.member else ["results.json", "distributed.png"]
     files = [config.out / name for name in names]
-    check_output(parser, files, config.overwrite)
+    check_output(parser, files, config.overwrite, alone=not config.member)
     if config.member:
         try:
             return run_member(config)

@@ -130,7 +130,7 @@ def epo(preference: core.PerTask | None = None, tolerance: float = 1e-4) -> core
       >>> task_grads, losses = jnp.array([[1.0, 0.0], [-0.6, 0.8]]), jnp.array([3.0, 1.0])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)), losses=losses)
       >>> print(jnp.array_str(updates + 0.0, precision=3, suppress_small=True))
-      [1. 0.]
+      [0.894 0.053]
 
     References:
       Mahapatra and Rajan, `Multi-Task Learning with User Preferences: Gradient Descent with

@@ -144,7 +144,7 @@ def pmgda(
       >>> task_grads, losses = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([3.0, 1.0])
       >>> updates, state = tx.update(task_grads, tx.init(jnp.zeros(2)), losses=losses)
       >>> print(jnp.array_str(updates, precision=3))
-      [0.707 0.   ]
+      [0.854 0.146]
 
     References:
       Zhang et al., `PMGDA: A Preference-based Multiple Gradient Descent Algorithm
