@@ -23,7 +23,7 @@ def best(objective, matrix, bounds, normal):
 
 
 def epo(jacobian, losses, preference=None, tolerance=1e-4):
-    """Mahapatra and Rajan 2020, Equations 21 to 24; NaN where the program has no solution.
+    """Mahapatra and Rajan 2020, the linear program; NaN where the program has no solution.
 
     The variables are the shares of unit vectors, in units of the shortest gradient.
     """
@@ -52,7 +52,7 @@ def epo(jacobian, losses, preference=None, tolerance=1e-4):
 
 
 def pmgda(jacobian, losses, preference=None, correction=0.95, tolerance=0.01):
-    """Zhang et al. 2024, Equations 8 and 16, with the distance from the ray as h."""
+    """Zhang et al. 2024, both steps, with the distance from the ray as h."""
     ray = chosen(preference, losses)
     ray = ray / np.linalg.norm(ray)
     aside = losses - (losses @ ray) * ray
