@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import report
-from benchmarks.common import methods
+from benchmarks import fronts, report, samples
+from benchmarks.common import methods, statistics
 from benchmarks.common.command_line import Parser, command_of, parse
 
 FOLDER = Path(report.__file__).parent / "results"
@@ -58,3 +58,43 @@ def test_tables_are_those_of_the_results():
     others = [each for each in RESULTS.values() if "metrics" in each]
     text = report.markdown(others) + report.successes_in_markdown(with_success)
     assert (FOLDER / "results.md").read_text() == text
+
+
+# The tables of two studies stand in the documentation, a row for each method.
+
+
+def row_of_front(run):
+    known, seconds = fronts.PROBLEMS.get(run["problem"]), run["seconds"]
+    cells = [
+        known.title if known else "MultiMNIST",
+        f"`{run['method']}`",
+        fronts.with_interval(run["hypervolume"], 3),
+        statistics.verdict(run["hypervolume_against_linear"], 3) or "-",
+        fronts.with_interval(run["angle"], 1),
+        statistics.verdict(run["angle_against_linear"], 1) or "-",
+        f"{np.mean(run['order']):.2f}",
+        f"{seconds['front'] / seconds['run']:.1f}" if seconds else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def row_of_samples(run):
+    cells = [f"`{run['method']}`"]
+    for name, figure in run["figures"].items():
+        # NaN, of networks that diverged, is None in a file.
+        numbers = {part: np.array(figure[part], float) for part in ("points", "mean")}
+        cells += [cell or "-" for cell in samples.cells_of(name, figure | numbers)]
+    cells += [f"{run['learning_rates'][0]:g}", f"{np.median(run['time']):.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize(
+    ("name", "row_of"), [("fronts", row_of_front), ("samples", row_of_samples)]
+)
+def test_tables_of_the_documentation_are_those_of_the_results(name, row_of):
+    page = (FOLDER.parents[1] / "docs/results.md").read_text()
+    rows = [row_of(run) for run in RESULTS[name]["runs"]]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []
+    if name == "samples":
+        assert [said for said in RESULTS[name]["findings"][-6:] if f"- {said}" not in page] == []

