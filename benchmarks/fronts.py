@@ -39,7 +39,7 @@ from benchmarks.common.command_line import (
     run_main,
 )
 from benchmarks.common.progress import Progress
-from benchmarks.common.statistics import interval_95, paired_tests
+from benchmarks.common.statistics import interval_95, paired_tests, verdict
 from benchmarks.multi_mnist_data import NUM_CLASSES, load
 
 # What a method does with the weights r = (1 - s, s) of the losses; the ray is where r L is equal.
@@ -50,7 +50,6 @@ METHODS: dict[str, Callable[[jax.Array], surgery.Surgery]] = {
     "epo": surgery.epo,
     "pmgda": lambda weights: surgery.pmgda(weights[::-1]),
 }
-HAVE_A_RAY = ("stch", "epo", "pmgda")
 TIMED = ("vlmop2", "multi_mnist")  # where a front and a single run are timed, in turn
 REPEATS = 3
 
@@ -403,12 +402,6 @@ def make_board(problems, judged, volumes, angles, seconds, unsolved):
 
 def with_interval(values, digits):
     return f"{np.mean(values):.{digits}f} ± {interval_95(values):.{digits}f}"
-
-
-def verdict(test, digits):
-    if test is None:
-        return ""
-    return f"{test['mean']:+.{digits}f}" if test["differs"] else "="
 
 
 LEGEND = """Mean over seeds ± half of its 95% interval. vs linear: the mean paired difference where

@@ -100,7 +100,10 @@ HELD: dict[Path, int] = {}  # open folders, for as long as this process lives
 
 
 def hold(folder):
-    """Claims a folder for this process. A lock goes with its process, however that ends."""
+    """Claims a folder for this process. A lock goes with its process, however that ends.
+
+    Some network file systems have none for folders: there two runs do not notice each other.
+    """
     with contextlib.suppress(ImportError):  # there is none on Windows
         import fcntl
 
@@ -112,7 +115,10 @@ def hold(folder):
         except BlockingIOError:
             os.close(opened)
             raise
-        HELD[folder.resolve()] = opened
+        except OSError:
+            os.close(opened)
+        else:
+            HELD[folder.resolve()] = opened
 
 
 def write(contents):

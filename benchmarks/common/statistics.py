@@ -117,8 +117,8 @@ def leaderboard(metrics, higher_is_better, baselines=("sum", "linear")):
     return {name: rows[name] for name in sorted(rows, key=lambda name: key[name])}
 
 
-def verdict(test):
+def verdict(test, digits=2):
     """A cell of a table: the mean difference where there is one, else =."""
     if test is None:
         return ""
-    return f"{test['mean']:+.2f}" if test["differs"] else "="
+    return f"{test['mean']:+.{digits}f}" if test["differs"] else "="

@@ -129,8 +129,8 @@ def train_all(parser: Parser, config, files, load, train, counts=1):
       config: the options.
       files: {run: path of its file}, in the order in which runs are trained.
       load: () -> the data. It is called once, and only if a run is left.
-      train: (run, data, results so far, advance) -> {name: array or what JSON knows}. It calls
-        `advance` `counts` times; where `counts` is 1 it need not.
+      train: (run, data, results so far, advance) -> {name: array or what JSON knows}. Where
+        `counts` is above 1 it calls `advance` as often.
 
     Returns:
       {run: results} as they stand in the files, with `cpu_seconds` of each.

@@ -204,6 +204,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         command_line.check_output(Parser(), files, overwrite=False)
 
 
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
+
+    def no_lock(*_):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # as NFS of an open folder
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    command_line.check_output(Parser(), [tmp_path / "below" / "results.json"], overwrite=False)
+    assert (tmp_path / "below").is_dir()
+
+
 # --- Options
 
 
