@@ -1036,7 +1036,7 @@ _ANEW += "`move_state(state, init(params), tasks)`."
 def movable(state: Any, new_state: Any, tasks: Any) -> None:
     """Refuses states that differ in more than the number of tasks."""
     remedy = "Make the new state by `init(params)` of the same chain for the new number of tasks."
-    if hasattr(state, "opt_state"):
+    if hasattr(state, "opt_state") and not isinstance(state, tuple):
         remedy = "Pass `state.opt_state` and `new_state.opt_state`."
         refuse("the state of an optimiser", type(state).__name__, "state", remedy)
     if jax.tree.structure(state) != jax.tree.structure(new_state):

@@ -132,9 +132,8 @@ def scalars(state: Any, names: Any = None) -> dict[str, jax.Array]:
 
     Returns:
       A flat dict from names to () arrays, also under `jit`, and in a `scan`, which makes curves of
-      them. What is in a group of `leafwise` or `optax.partition`
-      has its name before it, 'encoder/conflict_share'; what would have the name of another has a
-      number before it.
+      them. What is in a group of `leafwise` or `optax.partition` has its name before it,
+      'encoder/conflict_share'; what would have the name of another has a number before it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -176,13 +175,13 @@ def _nodes(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     if isinstance(tree, Mapping):
         for name, child in tree.items():
             yield from _nodes(child, (*path, str(name)))
-    elif hasattr(tree, "opt_state"):
-        yield from _nodes(tree.opt_state, path)
     elif isinstance(tree, tuple | list):
         if hasattr(tree, "_fields"):
             yield path, tree
         for child in tree:
             yield from _nodes(child, path)
+    elif hasattr(tree, "opt_state"):
+        yield from _nodes(tree.opt_state, path)
 
 
 def _numbers(node: Any, names: list[str] | None) -> Iterator[tuple[str, jax.Array]]:

@@ -1,5 +1,7 @@
 """What was done, for everyone to see: `monitor` and `scalars`."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,13 @@ def test_scalars_look_into_training_states_and_several_in_a_dict():
     assert same(surgery.scalars(train_state), found)
     both = surgery.scalars({"actor": train_state, "critic": train_state.opt_state})
     assert set(both) == {f"{name}/{key}" for name in ("actor", "critic") for key in found}
+
+
+def test_scalars_see_all_of_a_named_tuple_whatever_its_fields_are_called():
+    tx, (task_grads,) = surgery.monitor(NUM_TASKS, surgery.pcgrad()), gradients(1)
+    _, state = tx.update(task_grads, tx.init(PARAMS))
+    mine = collections.namedtuple("Mine", ["before", "opt_state"])
+    assert same(surgery.scalars(mine(before=state, opt_state=())), surgery.scalars(state))
 
 
 def test_scalars_of_several_seeds_are_mapped():
