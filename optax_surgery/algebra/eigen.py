@@ -137,45 +137,53 @@ def _independent_parts(cosines):
     tolerance = 4 * num_tasks * jnp.finfo(cosines.dtype).eps
 
     def step(number, state):
-        rest, factor, left = state
-        pivots = jnp.where(left, jnp.diagonal(rest), 0)
-        chosen = jnp.argmax(pivots)
-        independent = ~(pivots[chosen] <= tolerance)
-        root = jnp.sqrt(jnp.where(independent, pivots[chosen], 1))
-        column = jnp.where(left & independent, rest[chosen] / root, 0)
-        rest = rest - column[:, None] * column[None, :]
+        squared_sines, factor, left = state
+        chosen = jnp.argmax(jnp.where(left, squared_sines, 0))
+        pivot = jnp.where(left[chosen], squared_sines[chosen], 0)
+        independent = ~(pivot <= tolerance)
+        column = cosines[chosen] - dot(factor[:, chosen], factor)
+        column = column / jnp.sqrt(jnp.where(independent, pivot, 1))
+        column = jnp.where(left & independent, column, 0)
         factor = lax.dynamic_update_index_in_dim(factor, column, number, 0)
-        return rest, factor, left & (task != chosen)
+        return squared_sines - column**2, factor, left & (task != chosen)
 
-    state = (cosines, jnp.zeros_like(cosines), jnp.full_like(task, True, bool))
+    state = (jnp.diagonal(cosines), jnp.zeros_like(cosines), jnp.full_like(task, True, bool))
     return lax.fori_loop(0, num_tasks, step, state)[1]
 
 
 def _triangular(factor, norms):
     """Rotates D L from the right so that the longest rows have the fewest entries.
 
-    Gram and Schmidt's method on the rows, of which only the unit vectors are ever rounded.
+    Gram and Schmidt's method on the rows, of which only the unit vectors are ever rounded; each
+    is made orthogonal twice, since what is left of it may be little more than rounding.
     """
     num_tasks = factor.shape[0]
     task = jnp.arange(num_tasks)
     # What is left of a dependent row is rounding, of an independent one more than the root.
     rounding = jnp.finfo(factor.dtype).eps ** 0.75
-    rank = jnp.sum(jnp.any(factor != 0, axis=1))
 
-    def step(number, state):
-        rest, columns, left = state
-        lengths = jnp.sqrt(jnp.sum(rest**2, axis=0))
-        left = left & ~(lengths <= rounding)
-        chosen = jnp.argmax(jnp.where(left, norms * lengths, -1))
-        used = left[chosen] & (number < rank)
-        axis = jnp.where(used, rest[:, chosen] / jnp.where(used, lengths[chosen], 1), 0)
-        column = jnp.where(left, jnp.sum(axis[:, None] * rest, axis=0), 0)
-        rest = rest - axis[:, None] * column[None, :]
-        columns = lax.dynamic_update_index_in_dim(columns, column * norms, number, 0)
-        return rest, columns, left & (task != chosen)
+    def step(_, state):
+        axes, columns, squared_sines, left, number = state
+        # The next axis is that of the longest rest. These lengths are rough, the axis' own is not.
+        chosen = jnp.argmax(jnp.where(left, norms**2 * jnp.maximum(squared_sines, 0), -1))
+        axis = factor[:, chosen]
+        for _ in range(2):
+            axis = axis - dot(dot(axes, axis), axes)
+        length = jnp.sqrt(jnp.sum(axis**2))
+        used = left[chosen] & ~(length <= rounding)
+        axis = jnp.where(used, axis / or_one(length), 0)
+        column = jnp.where(left, dot(axis, factor), 0)
+        # What is put down without a new axis is zero, as it was.
+        axes = lax.dynamic_update_index_in_dim(axes, axis, number, 0)
+        columns = lax.dynamic_update_index_in_dim(columns, column, number, 0)
+        return axes, columns, squared_sines - column**2, left & (task != chosen), number + used
 
-    state = (factor, jnp.zeros_like(factor), jnp.full_like(task, True, bool))
-    return lax.fori_loop(0, num_tasks, step, state)[1]
+    empty, number = jnp.zeros_like(factor), jnp.zeros((), task.dtype)
+    state = (empty, empty, jnp.sum(factor**2, axis=0), jnp.full_like(task, True, bool), number)
+    columns = lax.fori_loop(0, num_tasks, step, state)[1]
+    # The rounding of a long row would stand beside shorter rows as if it were something.
+    squared_rests = lax.cumsum(columns**2, axis=0, reverse=True)
+    return norms[None, :] * jnp.where(squared_rests <= rounding**2, 0, columns)
 
 
 def _orthogonal(columns):
