@@ -31,6 +31,7 @@ def exact(jacobian):
 
 
 spectrum = jax.jit(eigen.spectrum)
+spectra = jax.jit(jax.vmap(eigen.spectrum))
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -50,7 +51,7 @@ def test_every_singular_value_is_right_relative_to_itself(num_tasks, spread):
 
 def test_the_spectrum_of_a_batch_is_that_of_each():
     gramians = jnp.stack([gram(rows(5, spread, 0)) for spread in SPREADS])
-    together = jax.jit(jax.vmap(eigen.spectrum))(gramians)
+    together = spectra(gramians)
     for number, gramian in enumerate(gramians):
         each = spectrum(gramian)
         jax.tree.map(
@@ -84,6 +85,25 @@ def test_more_tasks_than_coordinates_have_the_rank_of_the_coordinates():
     expected = np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-9)
     root = np.asarray(found.inverse_root, float)
     np.testing.assert_allclose(root @ root, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+@pytest.mark.parametrize("spread", SPREADS[:4])
+@pytest.mark.parametrize(("num_tasks", "rank"), [(5, 3), (24, 2), (24, 5), (24, 18)])
+def test_nearly_dependent_gradients_of_a_subspace_are_neither_dropped_nor_noise(
+    num_tasks, rank, spread
+):
+    """Some of them are next to the span of longer ones: a part of a thousandth is a part."""
+    jacobians = np.stack([rows(num_tasks, spread, seed, rank, 0.0) for seed in range(100)])
+    found = spectra(jnp.stack([gram(each) for each in jacobians]))
+    for number, jacobian in enumerate(jacobians):
+        values, inverse_root = exact(jacobian)
+        cosines = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
+        condition = np.linalg.cond(cosines) ** 2
+        assert np.count_nonzero(found.values[number]) == rank
+        off = found.values[number, -rank:] / values - 1
+        assert np.max(np.abs(off)) < 20 * np.finfo("f4").eps * condition
+        off = (np.asarray(found.inverse_root[number], float) - inverse_root) @ jacobian
+        assert np.max(np.abs(off)) < 20 * np.finfo("f4").eps * condition
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
