@@ -176,7 +176,8 @@ def _triangular(factor, norms):
         # What is put down without a new axis is zero, as it was.
         axes = lax.dynamic_update_index_in_dim(axes, axis, number, 0)
         columns = lax.dynamic_update_index_in_dim(columns, column, number, 0)
-        return axes, columns, squared_sines - column**2, left & (task != chosen), number + used
+        number = number + used.astype(number.dtype)
+        return axes, columns, squared_sines - column**2, left & (task != chosen), number
 
     empty, number = jnp.zeros_like(factor), jnp.zeros((), task.dtype)
     state = (empty, empty, jnp.sum(factor**2, axis=0), jnp.full_like(task, True, bool), number)
