@@ -138,12 +138,12 @@ def _independent_parts(cosines):
 
     def step(number, state):
         squared_sines, factor, left = state
-        chosen = jnp.argmax(jnp.where(left, squared_sines, 0))
-        pivot = jnp.where(left[chosen], squared_sines[chosen], 0)
-        independent = ~(pivot <= tolerance)
-        column = cosines[chosen] - dot(factor[:, chosen], factor)
-        column = column / jnp.sqrt(jnp.where(independent, pivot, 1))
-        column = jnp.where(left & independent, column, 0)
+        pivots = jnp.where(left, squared_sines, 0)
+        chosen = jnp.argmax(pivots)
+        independent = ~(pivots[chosen] <= tolerance)
+        root = jnp.sqrt(jnp.where(independent, pivots[chosen], 1))
+        rest = cosines[chosen] - dot(factor[:, chosen], factor)
+        column = jnp.where(left & independent, rest / root, 0)
         factor = lax.dynamic_update_index_in_dim(factor, column, number, 0)
         return squared_sines - column**2, factor, left & (task != chosen)
 
@@ -155,7 +155,9 @@ def _triangular(factor, norms):
     """Rotates D L from the right so that the longest rows have the fewest entries.
 
     Gram and Schmidt's method on the rows, of which only the unit vectors are ever rounded; each
-    is made orthogonal twice, since what is left of it may be little more than rounding.
+    is made orthogonal twice, since what is left of it may be little more than rounding (Daniel,
+    Gragg, Kaufman and Stewart, Reorthogonalization and stable algorithms for updating the
+    Gram-Schmidt QR factorization, Math. Comp. 30(136), 1976).
     """
     num_tasks = factor.shape[0]
     task = jnp.arange(num_tasks)

@@ -343,6 +343,9 @@ def side_by_side(name, seed=5):
     return apart, np.array(rewards).T, np.array(successes).T
 
 
+BEFORE_CONTACT = 20  # steps
+
+
 def agrees(name):
     """Whether both say the same: at once before contact, and of whole episodes but for chance.
 
@@ -356,9 +359,6 @@ def agrees(name):
     same_start = max(apart) < 0.01 and early.max() <= 0.01 * np.max(rewards)
     same_return = differ_by_at_most(0.01 * returns.mean(axis=0).max(), returns)
     return bool(same_start and same_return and differ_by_at_most(5, np.sum(successes, axis=-1)))
-
-
-BEFORE_CONTACT = 20
 
 
 def differ_by_at_most(bound, pairs):
