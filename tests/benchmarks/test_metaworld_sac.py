@@ -301,15 +301,16 @@ class At:
         self.environment = environment = ALL_V3_ENVIRONMENTS[name]()
         environment._set_task_called, environment._partially_observable = True, False
         del environment.sawyer_observation_space
-        environment._freeze_rand_vec = False
-        environment.reset()
-        vector = environment._last_rand_vec.copy()
-        # The first observation is nearly linear in the random vector that it is made from.
+        # The first observation is nearly linear in the random vector that it is made from. What the
+        # task does not draw, most often the height of an object at rest, is not asked for: lifted
+        # or pressed into the table, the object falls or jumps, which no slope foretells.
+        space = environment._random_reset_space
+        vector, drawn = (space.low + space.high) / 2, np.eye(space.low.size)[space.high > space.low]
         for _ in range(3):
             found = self.first(vector)
-            slopes = [(self.first(vector + 1e-4 * e) - found) / 1e-4 for e in np.eye(vector.size)]
-            slopes = np.stack(slopes, axis=1)
-            vector = vector + np.linalg.lstsq(slopes, after_one_step - found, rcond=1e-3)[0]
+            slopes = np.stack([(self.first(vector + 1e-4 * e) - found) / 1e-4 for e in drawn], 1)
+            step = np.linalg.lstsq(slopes, after_one_step - found, rcond=1e-3)[0]
+            vector = np.clip(vector + step @ drawn, space.low, space.high)
         self.observation = self.first(vector)
 
     def first(self, vector):
@@ -346,19 +347,25 @@ def side_by_side(name, seed=5):
 BEFORE_CONTACT = 20  # steps
 
 
-def agrees(name):
-    """Whether both say the same: at once before contact, and of whole episodes but for chance.
+def disagreements(name):
+    """In what both differ: at once before contact, and in whole episodes but for chance.
 
     Contact is chaotic. The last bit decides how far two episodes part, and it is not the same on
     every machine: where episodes part, their differences spread, and only what lies beyond this
     spread counts. Where they do not part there is no spread, and the bounds hold as they stand.
     """
     apart, rewards, successes = zip(*(side_by_side(name, seed) for seed in (5, 6, 7)), strict=True)
-    returns = np.mean(rewards, axis=-1)  # (episodes, 2)
-    early = np.abs(np.subtract(*np.moveaxis(rewards, 1, 0)))[:, :BEFORE_CONTACT]
-    same_start = max(apart) < 0.01 and early.max() <= 0.01 * np.max(rewards)
-    same_return = differ_by_at_most(0.01 * returns.mean(axis=0).max(), returns)
-    return bool(same_start and same_return and differ_by_at_most(5, np.sum(successes, axis=-1)))
+    returns, solved = np.mean(rewards, axis=-1), np.sum(successes, axis=-1)  # (episodes, 2)
+    early = np.abs(np.subtract(*np.moveaxis(rewards, 1, 0)))[:, :BEFORE_CONTACT].max()
+    found = {
+        f"first observations, by {apart}": max(apart) >= 0.01,
+        f"rewards before contact, by {early}": early > 0.01 * np.max(rewards),
+        f"returns, {returns.tolist()}": not differ_by_at_most(
+            0.01 * returns.mean(0).max(), returns
+        ),
+        f"steps with success, {solved.tolist()}": not differ_by_at_most(5, solved),
+    }
+    return [what for what, differs in found.items() if differs]
 
 
 def differ_by_at_most(bound, pairs):
@@ -397,7 +404,7 @@ EXPECTED = [
 @CLIPS
 @pytest.mark.parametrize("name", EXPECTED)
 def test_envpool_has_the_rewards_of_metaworld(packages, name):
-    assert agrees(name)
+    assert disagreements(name) == []
 
 
 def test_what_is_tested_is_what_is_collected_from_envpool(packages):
@@ -408,7 +415,7 @@ def test_what_is_tested_is_what_is_collected_from_envpool(packages):
 @pytest.mark.parametrize("name", ["window-close-v3", "door-open-v3"])
 def test_why_some_tasks_come_from_metaworld(packages, name):
     assert name in metaworld_tasks.ONLY_METAWORLD
-    assert not agrees(name)
+    assert disagreements(name)
 
 
 @pytest.mark.parametrize("name", ["reach-v3", "window-close-v3"])
