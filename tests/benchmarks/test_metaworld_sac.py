@@ -305,7 +305,10 @@ class At:
         # task does not draw, most often the height of an object at rest, is not asked for: lifted
         # or pressed into the table, the object falls or jumps, which no slope foretells.
         space = environment._random_reset_space
-        vector, drawn = (space.low + space.high) / 2, np.eye(space.low.size)[space.high > space.low]
+        environment.seeded_rand_vec, environment.np_random = True, np.random.default_rng(0)
+        environment._freeze_rand_vec = False
+        environment.reset()
+        vector, drawn = environment._last_rand_vec, np.eye(space.low.size)[space.high > space.low]
         for _ in range(3):
             found = self.first(vector)
             slopes = np.stack([(self.first(vector + 1e-4 * e) - found) / 1e-4 for e in drawn], 1)
