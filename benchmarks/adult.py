@@ -36,7 +36,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import optax_surgery as surgery
-from benchmarks.common import methods, statistics, study
+from benchmarks.common import agreement, methods, statistics, study
 from benchmarks.common.command_line import GOES_ON, Parser, check_output, parse, run_main
 from optax_surgery.flax import SurgeryTrainState
 
@@ -187,19 +187,13 @@ def train(run, splits, method, config):
         return state.apply_gradients(grads=task_grads, losses=losses), jnp.mean(losses)
 
     def train_stretch(state, steps):
-        """Trains, then looks at the gradients of all tasks on two disjoint batches.
-
-        Entry (i, j) is the cosine of task i on the one and task j on the other. So the diagonal
-        is the control: what the noise of a batch leaves of 1.
-        """
+        """Trains, then looks at the gradients of all tasks on two disjoint batches."""
         state, losses = lax.scan(train_step, state, steps)
         key = jax.random.fold_in(probe_key, steps[0])
-        halves = jax.random.permutation(key, size)[: 2 * config.batch_size].reshape(2, -1)
+        halves = agreement.disjoint_batches(key, size, config.batch_size)
         task_grads = jax.vmap(lambda rows: task_gradients(state.params, rows)[0]["shared"])(halves)
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), task_grads)
-        num_tasks = len(run.tasks)
-        cosines = surgery.cosine_similarities(surgery.gramian(stacked))
-        return state, {"loss": losses.mean(), "cosines": cosines[:num_tasks, num_tasks:]}
+        cosines = agreement.cosines_on_two_batches(task_grads)
+        return state, {"loss": losses.mean(), "cosines": cosines}
 
     tx = make_optimiser(method, len(run.tasks), run.learning_rates, config.steps)
     params = net.init(init_key, examples["inputs"][:1])["params"]
@@ -274,14 +268,7 @@ t-test with Holm's correction for the number of methods finds one; else =.
 
 
 def in_words(board, results, config):
-    cosines = np.array(results["sum"]["cosines"], float)
-    between = cosines[:, :, ~np.eye(len(TASKS), dtype=bool)]
-    same = np.diagonal(cosines, axis1=2, axis2=3)
-    yield (
-        f"Trained on the sum, {np.mean(between < 0):.0%} of the pairs of tasks conflict, "
-        f"{np.mean(between < -0.1):.0%} by more than -0.1; the mean cosine is "
-        f"{between.mean():+.2f}, of one task on two batches {same.mean():+.2f}."
-    )
+    yield agreement.in_words("sum", results["sum"]["cosines"])
     yield from study.against_baselines(board)
     yield study.edge_of_grid(results, config)
 
@@ -289,7 +276,7 @@ def in_words(board, results, config):
 def make_figure(board, results, config):
     """Left: every method's Δm. Right: how the tasks' gradients agree, beside the control."""
     figure = Figure(figsize=(13, max(5, 2 + 0.2 * len(board))), layout="constrained", dpi=150)
-    worth, agreement = figure.subplots(1, 2, width_ratios=(3, 2))
+    worth, over_time = figure.subplots(1, 2, width_ratios=(3, 2))
     study.draw_board(worth, board, "sum")
     worth.axvline(0, color="black", lw=0.8)
     for baseline, dashes in (("sum", "--"), ("linear", ":")):
@@ -308,20 +295,20 @@ def make_figure(board, results, config):
     for (i, j), colour in zip(pairs, colours, strict=True):
         pair = (cosines[:, :, i, j] + cosines[:, :, j, i]) / 2
         label = f"{names[j]}, {names[i]}"
-        agreement.plot(steps, pair.mean(axis=0), color=colour, lw=1.8, label=label)
-    same = np.diagonal(cosines, axis1=2, axis2=3)
+        over_time.plot(steps, pair.mean(axis=0), color=colour, lw=1.8, label=label)
+    _, same = agreement.split(cosines)
     label = "control: one task on two batches"
-    agreement.plot(steps, same.mean(axis=(0, 2)), color="black", ls="-.", lw=2, label=label)
+    over_time.plot(steps, same.mean(axis=(0, 2)), color="black", ls="-.", lw=2, label=label)
     low, high = same.mean(axis=0).min(axis=1), same.mean(axis=0).max(axis=1)
-    agreement.fill_between(steps, low, high, color="0.85", lw=0, zorder=0)
-    agreement.axhline(0, color="black", lw=0.8)
-    agreement.set_xlabel("step")
-    agreement.set_ylabel("cosine of two tasks' gradients, on two batches")
-    agreement.set_title("trained on the sum; grey: the control's range over tasks", fontsize=10)
-    agreement.margins(y=0.02)
-    agreement.set_ylim(top=1.75)  # room for the legend
-    agreement.legend(frameon=False, fontsize=8, loc="upper right")
-    agreement.spines[["top", "right"]].set_visible(False)
+    over_time.fill_between(steps, low, high, color="0.85", lw=0, zorder=0)
+    over_time.axhline(0, color="black", lw=0.8)
+    over_time.set_xlabel("step")
+    over_time.set_ylabel("cosine of two tasks' gradients, on two batches")
+    over_time.set_title("trained on the sum; grey: the control's range over tasks", fontsize=10)
+    over_time.margins(y=0.02)
+    over_time.set_ylim(top=1.75)  # room for the legend
+    over_time.legend(frameon=False, fontsize=8, loc="upper right")
+    over_time.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Adult census table, four tasks, {config.seeds} seeds")
     return figure
 

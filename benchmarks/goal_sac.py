@@ -39,7 +39,7 @@ from rich.console import Console
 
 import optax_surgery as surgery
 from benchmarks import sac
-from benchmarks.common import methods, statistics, study
+from benchmarks.common import agreement, methods, statistics, study
 from benchmarks.common.command_line import (
     GOES_ON,
     Parser,
@@ -531,9 +531,7 @@ def compare(results):
 
 def between_tasks(seen, name):
     """Cosines (seeds, points) between tasks, of a task with itself, and the share below -0.1."""
-    each = np.asarray(seen[f"{name}_cosines"], float)
-    pairs = each[..., ~np.eye(each.shape[-1], dtype=bool)]
-    same = np.diagonal(each, axis1=-2, axis2=-1)
+    pairs, same = agreement.split(seen[f"{name}_cosines"])
     return pairs.mean(axis=-1), same.mean(axis=-1), np.mean(pairs < -0.1, axis=-1)
 
 

@@ -38,7 +38,7 @@ from rich.console import Console
 
 import optax_surgery as surgery
 from benchmarks import metaworld_tasks
-from benchmarks.common import methods, statistics, study
+from benchmarks.common import agreement, methods, statistics, study
 from benchmarks.common.command_line import (
     DATA_DIR,
     GOES_ON,
@@ -264,14 +264,10 @@ def task_gradients(params, examples, rows, tasks, config):
 
 
 def cosines_on_two_batches(params, examples, tasks, key, config):
-    """Entry (i, j) is the cosine of task i on the one batch and task j on the other.
-
-    So the diagonal is the control: what the noise of a batch leaves of 1.
-    """
+    """The (T, T) cosines whose diagonal is the control."""
     halves = two_batches(key, examples["size"], examples["action"].shape[1], config.batch_size)
     _, grads = lax.map(lambda rows: task_gradients(params, examples, rows, tasks, config), halves)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grads)
-    return surgery.cosine_similarities(surgery.gramian(stacked))[: len(tasks), len(tasks) :]
+    return agreement.cosines_on_two_batches(grads)
 
 
 def train(run, data, method, config):
@@ -445,13 +441,6 @@ paired t-test over seeds, with Holm's correction for the number of methods, find
 """
 
 
-def agreement(results):
-    """With `mean`, cosines between tasks (seeds, points, pairs), and of one task on two batches."""
-    cosines = np.array(results["mean"]["cosines"], float)
-    off = ~np.eye(NUM_TASKS, dtype=bool)
-    return cosines[:, :, off], np.diagonal(cosines, axis1=2, axis2=3)
-
-
 def in_words(names, board, results, config):
     tests = {m: row["against_mean"] for m, row in board.items() if row["against_mean"]}
     for word, sign in (("better", 1), ("worse", -1)):
@@ -472,7 +461,7 @@ def in_words(names, board, results, config):
         f"The hardest task for mean is {short(names[np.argmin(of_mean)])}, with success in "
         f"{of_mean.min():.0%} of the rollouts."
     )
-    between, same = agreement(results)
+    between, same = agreement.split(results["mean"]["cosines"])
     for when, point in (("first", 0), ("last", -1)):
         yield (
             f"At the {when} of {config.points} looks at training with mean the cosine between the "
@@ -545,7 +534,7 @@ def steps_of(config):
 
 
 def draw_cosines(axes, results, config):
-    between, same = agreement(results)
+    between, same = agreement.split(results["mean"]["cosines"])
     for values, colour, dashes, label in (
         (same, "black", "-.", "ceiling: one task on two batches"),
         (between, "#0072B2", "-", "between two tasks"),

@@ -22,7 +22,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import optax_surgery as surgery
-from benchmarks.common import methods, statistics, study
+from benchmarks.common import agreement, methods, statistics, study
 from benchmarks.common.command_line import DATA_DIR, GOES_ON, Parser, check_output, parse, run_main
 from benchmarks.multi_mnist_data import NUM_CLASSES, SOURCES, load
 from optax_surgery.flax import SurgeryTrainState
@@ -151,19 +151,13 @@ def accuracy(state, tasks, examples):
 
 
 def same_task_cosine(state, tasks, halves, examples):
-    """A control for the cosine between tasks: that of one task on two disjoint batches.
-
-    It is what noise leaves of 1. A cosine between tasks near zero says little unless this one is
-    far from it.
-    """
+    """The control for the cosine between tasks."""
     batches = jax.tree.map(lambda array: array[halves], examples)
     gradients = functools.partial(
         task_gradients, state.apply_fn, tasks=tasks, loss_weights=jnp.ones(len(TASKS))
     )
     task_grads, _ = jax.vmap(gradients, (None, 0))(state.params, batches)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), task_grads["shared"])
-    cosines = surgery.cosine_similarities(surgery.gramian(stacked))
-    return jnp.diagonal(cosines, offset=len(tasks))
+    return jnp.diagonal(agreement.cosines_on_two_batches(task_grads["shared"]))
 
 
 # --- All runs of a method, vmapped

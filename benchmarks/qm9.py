@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 
 import optax_surgery as surgery
 from benchmarks import qm9_data
-from benchmarks.common import methods, statistics, study
+from benchmarks.common import agreement, methods, statistics, study
 from benchmarks.common.command_line import GOES_ON, Parser, check_output, parse, run_main
 from optax_surgery.flax import SurgeryTrainState
 
@@ -233,22 +233,14 @@ def train(run, splits, update, config):
         return jnp.mean(errors, axis=0)[run.tasks]
 
     def train_stretch(carry, steps):
-        """Trains, validates, then looks at the tasks' gradients on two disjoint batches.
-
-        Entry (i, j) is the cosine of task i on the one and task j on the other. So the diagonal
-        is the control: what the noise of a batch leaves of 1.
-        """
+        """Trains, validates, then looks at the tasks' gradients on two disjoint batches."""
         (state, _), _ = lax.scan(train_step, carry, steps)
         seen = {name: mean_errors(state.params, splits[name]) for name in ("validation", "test")}
-        num_tasks = len(run.tasks)
-        if num_tasks > 1:
+        if len(run.tasks) > 1:
             key = jax.random.fold_in(probe_key, steps[0])
-            probe = min(config.batch_size, size // 2)
-            halves = jax.random.permutation(key, size)[: 2 * probe].reshape(2, -1)
+            halves = agreement.disjoint_batches(key, size, config.batch_size)
             grads = lax.map(lambda rows: task_gradients(state.params, rows)[0]["shared"], halves)
-            stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grads)
-            cosines = surgery.cosine_similarities(surgery.gramian(stacked))
-            seen["cosines"] = cosines[:num_tasks, num_tasks:]
+            seen["cosines"] = agreement.cosines_on_two_batches(grads)
         return (state, jnp.mean(seen["validation"])), seen
 
     tx = make_optimiser(update, len(run.tasks), run.learning_rates, config)
@@ -373,20 +365,8 @@ standardised losses and for 300 epochs: the figures do not compare, at most thei
 """
 
 
-def agreement(results):
-    """With `linear`: all cosines, those between tasks, and those of one task on two batches."""
-    cosines = np.array(results["linear"]["cosines"], float)
-    off = ~np.eye(len(TASKS), dtype=bool)
-    return cosines, cosines[:, :, off], np.diagonal(cosines, axis1=2, axis2=3)
-
-
 def in_words(board, results, config):
-    _, between, same = agreement(results)
-    yield (
-        f"Trained with linear, {np.mean(between < 0):.0%} of the pairs of tasks conflict, "
-        f"{np.mean(between < -0.1):.0%} by more than -0.1; the mean cosine is "
-        f"{between.mean():+.2f}, of one task on two batches {same.mean():+.2f}."
-    )
+    yield agreement.in_words("linear", results["linear"]["cosines"])
     yield from study.against_baselines(board)
     useless = [
         method
@@ -420,7 +400,8 @@ def make_figure(board, results, config):
     worth.set_xlabel("Δm against single-task networks, %: lower is better (logarithmic above 100)")
     worth.set_title("green: better than linear, orange: worse, by a paired test", fontsize=10)
 
-    cosines, between, same = agreement(results)
+    cosines = np.array(results["linear"]["cosines"], float)
+    between, same = agreement.split(cosines)
     steps = config.steps // config.points * np.arange(1, config.points + 1)
     for values, colour, dashes, label in (
         (between, "#0072B2", "-", "between two tasks"),

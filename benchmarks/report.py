@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.common import statistics, study
+from benchmarks.common import agreement, statistics, study
 from benchmarks.common.command_line import FORMAT, Parser, check_output, parse, run_main, write
 
 SUMMARIES = Path("benchmarks/results")  # under version control
@@ -66,7 +66,7 @@ def summarise(name, content):
     kept = ("width", "method", "learning_rates", "loss_weights", "time_relative_to_sum")
     runs = [
         {key: shorten(run[key]) for key in (*kept, "metrics", "cpu_seconds") if key in run}
-        | agreement(run)
+        | agreement_of(run)
         for run in content["runs"]
     ]
     return origin(name, content) | {
@@ -85,15 +85,13 @@ def shorten(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def agreement(run):
+def agreement_of(run):
     """Cosines of the gradients by the time of training: between tasks, and the control.
 
     The control is the same task on two disjoint batches: what noise leaves of 1.
     """
     if run.get("cosines"):  # (seeds, points, T, T)
-        cosines = np.array(run["cosines"], float).mean(axis=0)
-        off = ~np.eye(cosines.shape[-1], dtype=bool)
-        between, same = cosines[:, off], np.diagonal(cosines, axis1=1, axis2=2)
+        between, same = agreement.split(np.mean(run["cosines"], axis=0))
     elif "cosine" in run.get("curves", {}):  # (points, seeds, ...)
         curves = {name: np.array(curve, float) for name, curve in run["curves"].items()}
         between, same = (
