@@ -264,7 +264,7 @@ def task_gradients(params, examples, rows, tasks, config):
 
 
 def cosines_on_two_batches(params, examples, tasks, key, config):
-    """The (T, T) cosines whose diagonal is the control."""
+    """(T, T) cosines of the tasks' gradients on two batches of their states: see `agreement`."""
     halves = two_batches(key, examples["size"], examples["action"].shape[1], config.batch_size)
     _, grads = lax.map(lambda rows: task_gradients(params, examples, rows, tasks, config), halves)
     return agreement.cosines_on_two_batches(grads)

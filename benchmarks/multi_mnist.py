@@ -151,7 +151,7 @@ def accuracy(state, tasks, examples):
 
 
 def same_task_cosine(state, tasks, halves, examples):
-    """The control for the cosine between tasks."""
+    """(T,) cosines of each task's gradients on two disjoint batches: see `agreement`."""
     batches = jax.tree.map(lambda array: array[halves], examples)
     gradients = functools.partial(
         task_gradients, state.apply_fn, tasks=tasks, loss_weights=jnp.ones(len(TASKS))
